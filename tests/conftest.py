@@ -33,7 +33,7 @@ def repo_root() -> Path:
 def shared_data() -> Path:
     """Folder with the real checkpoints and images, which are not ours to ship; the test is skipped without it."""
     if not SHARED_DATA.is_dir():
-        pytest.skip(f"real models and images not found: {SHARED_DATA} does not exist (they are not part of the project)")
+        pytest.skip(f"{SHARED_DATA} does not exist: the real models and images are no part of the project")
     return SHARED_DATA
 
 
