@@ -1,0 +1,318 @@
+"""The model card of a pruned model: README.md, rendered from `hf_prune.json` alone, without network.
+
+Every number in it was measured in the run; what was not measured is said to be so. Everything that came from outside
+(names of models, datasets and labels, licences, the command) is shown as code or quoted by YAML, so that a name cannot
+smuggle in markdown, HTML, YAML or a template expression.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from . import assets
+from .checkpoint import size
+
+URL = "https://pypi.org/project/hf-prune"
+# owner/name or the old bare name, as the Hub allows them; anything else is a local path
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+
+
+def render(report: Mapping[str, Any], *, name: str | None = None) -> str:
+    """The card's text. report: as hf_prune/schema.py says. name: of the pruned model, for the title and the snippet."""
+    from huggingface_hub import ModelCard
+
+    title = _line(name or f"{_basename(report['model']['source'])}-{slug(report['pattern'])}")
+    command = _visible(report["command"] or "hf_prune.prune(model, batches, recipe) in Python")
+    recipe = yaml.safe_dump(dict(report["recipe"]), sort_keys=False, allow_unicode=True).strip()
+    card = ModelCard.from_template(
+        metadata(report, title),
+        template_str=assets.path("model_cards", "template").read_text(encoding="utf-8"),
+        title=code(title),
+        intro=_intro(report),
+        pattern_words=_pattern_words(report["pattern"]),
+        weights_words=_weights_words(report["layers"]),
+        snippet=_snippet(report, title),
+        results=_results(report),
+        fence=_fence(command + "\n" + recipe),
+        command=command,
+        recipe_words=_recipe_words(report["recipe"]),
+        recipe=_visible(recipe, keep_lines=True),
+        calibration=_calibration(report),
+        resources=_resources(report["resources"]),
+        layer_words=_layer_words(report["layers"]),
+        layer_table=_layer_table(report["layers"]),
+        limits="\n".join(f"- {limit}" for limit in _limits(report)),
+        versions=_table(("package", "version"), [(code(k), code(v)) for k, v in report["versions"].items()]),
+    )
+    return str(card).rstrip() + "\n"
+
+
+def metadata(report: Mapping[str, Any], title: str) -> Any:
+    """The YAML head as huggingface_hub's ModelCardData; keys whose value is unknown are left out."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    model = report["model"]
+    nm = [report["pattern"]] if re.fullmatch(r"\d+:\d+", report["pattern"]) else []
+    results = []
+    evaluation = report["evaluation"]
+    if evaluation and evaluation.get("pruned"):
+        data, hub = evaluation.get("dataset") or "unknown", _on_hub(evaluation)
+        for key, words, kind in (("top1", "top-1 accuracy", "accuracy"), ("top5", "top-5 accuracy", "top_5_accuracy")):
+            if evaluation["pruned"].get(key) is not None:
+                results.append(
+                    EvalResult(
+                        task_type="image-classification",
+                        dataset_type=_line(data) if hub else "local",
+                        dataset_name=_line(data) if hub else _basename(data),
+                        dataset_config=_optional(evaluation.get("config")),
+                        dataset_split=_optional(evaluation.get("split")),
+                        metric_type=kind,
+                        metric_value=evaluation["pruned"][key],
+                        metric_name=words,
+                        metric_args={"images": evaluation["samples"]},
+                    )
+                )
+    used = list(dict.fromkeys(p["dataset"] for p in (report["calibration"], evaluation) if p and _on_hub(p)))
+    more: dict[str, Any] = {"model_name": title, "eval_results": results} if results else {}
+    return ModelCardData(
+        base_model=model["source"] if _on_hub(model, "source") else None,
+        library_name=model["library"] if model["library"] in ("transformers", "timm") else "pytorch",
+        pipeline_tag="image-classification" if model.get("classes") else "image-feature-extraction",
+        license=_optional(model["license"]),
+        datasets=used or None,
+        tags=["pruned", "sparse", *nm, "hf-prune"],
+        **more,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- what is said
+def _intro(report: Mapping[str, Any]) -> str:
+    model = report["model"]
+    source = model["source"]
+    if _on_hub(model, "source"):
+        # the id was checked character by character, so it can stand in a link
+        base = f"[{code(source)}](https://huggingface.co/{source})"
+    else:
+        base = f"the local model {code(_basename(source))}"
+    at = f" (revision {code(model['revision'])})" if model["revision"] else ""
+    return (
+        f"This is {base}{at}, pruned once, without retraining, by [hf-prune]({URL}) "
+        f"with the recipe {code(report['recipe'].get('name', 'custom'))}."
+    )
+
+
+def _pattern_words(pattern: str) -> str:
+    found = re.fullmatch(r"(\d+):(\d+)", pattern)
+    if found:
+        return f"Pattern {pattern}: of every {found[2]} consecutive input weights at most {found[1]} are not zero."
+    return f"Pattern: {code(pattern)} of the pruned weights are zero, at free positions."
+
+
+def _weights_words(layers: Sequence[Mapping[str, Any]]) -> str:
+    pruned = [layer for layer in layers if layer["pattern"]]
+    total = sum(layer["total"] for layer in pruned)
+    kept = sum(layer["kept"] for layer in pruned)
+    zeros = 100 * (1 - kept / total) if total else 0.0
+    return (
+        f"{len(pruned)} of {len(layers)} weight tensors follow it; {zeros:.1f} % of their {total:,} entries are zero, "
+        f"checked one by one after the last step."
+    )
+
+
+def _snippet(report: Mapping[str, Any], title: str) -> str:
+    folder = re.sub(r"[^\w./-]", "_", title)
+    if report["model"]["library"] == "timm":
+        return f'import timm\n\nmodel = timm.create_model("local-dir:{folder}", pretrained=True).eval()'
+    if report["model"]["library"] == "transformers":
+        auto = "AutoModelForImageClassification" if report["model"].get("classes") else "AutoModel"
+        return (
+            f"from transformers import AutoImageProcessor, {auto}\n\n"
+            f'processor = AutoImageProcessor.from_pretrained("{folder}")\n'
+            f'model = {auto}.from_pretrained("{folder}")'
+        )
+    return f'from safetensors.torch import load_file\n\nmodel.load_state_dict(load_file("{folder}/model.safetensors"))'
+
+
+def _results(report: Mapping[str, Any]) -> str:
+    evaluation = report["evaluation"]
+    if not evaluation:
+        return "**Not evaluated.** The run was made with `--no-eval`; nothing is known about this model's accuracy."
+    rows = []
+    dense, pruned = evaluation.get("dense"), evaluation.get("pruned")
+    for key, words in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy")):
+        if dense and pruned and dense.get(key) is not None and pruned.get(key) is not None:
+            rows.append((words, _percent(dense, key), _percent(pruned, key)))
+    if evaluation.get("agreement") is not None:
+        rows.append(("same top-1 answer as the dense model", "", _percent(evaluation, "agreement")))
+    if evaluation.get("logit_error") is not None:
+        what = "logits" if report["model"].get("classes") else "representations"
+        rows.append((f"relative squared error of the {what}", "0", f"{evaluation['logit_error']:.4g}"))
+    data = evaluation.get("dataset")
+    where = f" of {_dataset(evaluation)}" if data else ""
+    skipped = f" {evaluation['skipped']} images could not be decoded and were left out." if evaluation.get("skipped") else ""
+    said = f"Dense and pruned on the same {evaluation['samples']} images{where}, by the run that made this model.{skipped}"
+    intervals = " In brackets: 95 % intervals over the choice of images." if any("[" in cell for r in rows for cell in r) else ""
+    return said + intervals + "\n\n" + _table(("", "dense", "pruned"), rows)
+
+
+def _percent(scores: Mapping[str, Any], key: str) -> str:
+    interval = scores.get(f"{key}_interval")
+    around = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
+    return f"{100 * scores[key]:.1f} %{around}"
+
+
+def _recipe_words(recipe: Mapping[str, Any]) -> str:
+    said = recipe.get("description")
+    about = f" {code(said)}." if said else ""
+    return f"The resolved recipe, also in `recipe.yaml`.{about}"
+
+
+def _dataset(part: Mapping[str, Any]) -> str:
+    words = code(part["dataset"] if _on_hub(part) else _basename(part["dataset"]))
+    config = f", configuration {code(part['config'])}" if part.get("config") else ""
+    split = f", split {code(part['split'])}" if part.get("split") else ""
+    return words + config + split
+
+
+def _calibration(report: Mapping[str, Any]) -> str:
+    part = report["calibration"]
+    where = f" of {_dataset(part)}" if part.get("dataset") else ""
+    skipped = f" {part['skipped']} images could not be decoded and were left out." if part["skipped"] else ""
+    return (
+        f"Calibration: {part['samples']} images{where}, drawn with seed {report['seed']}. Their labels were not used.{skipped}"
+    )
+
+
+def _resources(part: Mapping[str, Any]) -> str:
+    ranks = f" on {part['world_size']} processes" if part["world_size"] > 1 else ""
+    said = f"Pruning took {duration(part['seconds'])} on {code(part['device'])}{ranks}"
+    if part.get("peak_host_bytes"):
+        said += f", at most {size(part['peak_host_bytes'])} of host memory"
+    if part.get("peak_device_bytes"):
+        said += f" and {size(part['peak_device_bytes'])} of device memory"
+    return said + "."
+
+
+def _layer_words(layers: Sequence[Mapping[str, Any]]) -> str:
+    dense = [layer for layer in layers if not layer["pattern"]]
+    said = (
+        "Error: the relative squared error of the layer's output on the calibration images, right after the mask and "
+        "after the weights that stay were refit. Norm: the norm of the weight over that of the dense weight."
+    )
+    if dense:
+        said += f" {len(dense)} weights stay dense; the table says why."
+    return said
+
+
+def _layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for layer in layers:
+        name, shape = code(layer["checkpoint_name"]), "x".join(map(str, layer["shape"]))
+        if layer["pattern"]:
+            kept = f"{100 * layer['kept'] / layer['total']:.1f} %" if layer["total"] else ""
+            figures = [_figure(layer[key]) for key in ("error_before", "error_after", "weight_norm_ratio")]
+            rows.append((name, shape, code(layer["pattern"]), kept, *figures))
+        else:
+            rows.append((name, shape, f"dense: {_prose(layer['dense_reason'])}", "100 %", "", "", ""))
+    return _table(("weight (name on disk)", "shape", "pattern", "kept", "error, mask", "error, refit", "norm"), rows)
+
+
+def _limits(report: Mapping[str, Any]) -> list[str]:
+    found = []
+    if re.fullmatch(r"\d+:\d+", report["pattern"]):
+        found.append(
+            f"{report['pattern']} stored dense; no inference speed was measured. On a CPU there is none to gain; on a "
+            "GPU it needs kernels for the pattern, and whether they pay depends on the shapes and the batch."
+        )
+    else:
+        found.append("Unstructured zeros, stored dense; no inference speed was measured, and dense kernels gain none.")
+    evaluation = report["evaluation"]
+    if not evaluation:
+        found.append("Not evaluated: measure it on your own images before you use it.")
+    else:
+        found.append(
+            f"Measured on {evaluation['samples']} images of one dataset; other images, classes that are rare there, and "
+            "robustness were not measured."
+        )
+    found.append("Pruned without retraining. It has the biases and the limits of the dense model, and its licence.")
+    return found
+
+
+# ------------------------------------------------------------------------------------------ text from outside, safely
+def code(value: Any) -> str:
+    """`value` as a markdown code span: one line, no control characters, and nothing in it closes the span."""
+    text = _line(value)
+    if not text:
+        return "(none)"
+    fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    pad = " " if text[0] == "`" or text[-1] == "`" else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _prose(value: Any) -> str:
+    """Text of ours that may carry a name from outside, as plain words: every sign that markdown or HTML reads is escaped."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!~&@:])", r"\\\1", _line(value))
+
+
+def _line(value: Any) -> str:
+    """One line: white space of any kind becomes a blank; control, format and direction characters go."""
+    text = re.sub(r"\s+", " ", str(value))
+    return "".join(sign for sign in text if unicodedata.category(sign) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")).strip()
+
+
+def _visible(value: str, keep_lines: bool = False) -> str:
+    """For a fenced block: as `_line`, or line by line."""
+    return "\n".join(_kept(line) for line in value.split("\n")) if keep_lines else _line(value)
+
+
+def _kept(line: str) -> str:
+    return "".join(s for s in line.rstrip() if unicodedata.category(s) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"))
+
+
+def _optional(value: Any) -> str | None:
+    return _line(value) or None if value is not None else None
+
+
+def _fence(inside: str) -> str:
+    return "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", inside)), default=0))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    # a bar ends the cell even inside a code span, and a backslash before it would undo the escape
+    return "\n".join("| " + " | ".join(re.sub(r"\\*\|", r"\\|", cell) for cell in cells) + " |" for cells in lines)
+
+
+def _on_hub(part: Mapping[str, Any], key: str = "dataset") -> bool:
+    """Whether the run loaded this from the Hub, and its name is a Hub id to the last character."""
+    name = part.get(key)
+    return bool(part.get("hub")) and isinstance(name, str) and HUB_ID.fullmatch(name) is not None
+
+
+def _basename(source: Any) -> str:
+    return _line(str(source).rstrip("/\\").replace("\\", "/").rpartition("/")[2] or source)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def slug(pattern: str) -> str:
+    """The pattern in a folder's name: 2:4 -> 2of4, 70% (layer) -> 70pct."""
+    found = re.fullmatch(r"(\d+):(\d+)", pattern)
+    return f"{found[1]}of{found[2]}" if found else re.sub(r"%.*", "pct", pattern)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 43 s, 2 min 13 s, 1 h 05 min."""
+    whole = int(round(seconds))
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
