@@ -394,7 +394,7 @@ def _put(merged: dict[str, Any], key: str, value: Any) -> None:
     if key in ROLES:
         if isinstance(value, str):
             value = None if value == "none" else {"method": value}
-        old = merged.get(key)
+        old = merged.get(key, _default(key))
         if isinstance(value, Mapping) and isinstance(old, Mapping) and value.get("method", old["method"]) == old["method"]:
             value = {**old, **value}
         merged[key] = dict(value) if isinstance(value, Mapping) else value
@@ -406,6 +406,14 @@ def _put(merged: dict[str, Any], key: str, value: Any) -> None:
         merged.pop(key, None)  # `key: null` gives the default back
     else:
         merged[key] = value
+
+
+def _default(role: str) -> Any:
+    """The method that the engine takes for a role when the recipe names none."""
+    from .prune import Recipe
+
+    made = next(field.default_factory for field in fields(Recipe) if field.name == role)
+    return made() if callable(made) else None
 
 
 def _options(role: str, value: Mapping[str, Any], origin: str) -> list[str]:
