@@ -1,0 +1,98 @@
+"""What must be preserved, as a function of the weights of one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Gram:
+    """Sums over calibration samples that turn layer-wise least squares into matrix products (SNOWS with K = 0).
+
+    With x the layer's input in the pruned network, W its dense weight and d the correction that would carry its output
+    to the dense network's, the target is t = W x + mix * d: mix 0 is the cascade (the dense layer on pruned inputs),
+    mix 1 the dense stream.  The value is sum ||w x + b - t||², b at its best where `bias` is set.
+    """
+
+    weight: Tensor  # (groups, out, in), dense
+    xx: Tensor  # (groups, in, in)   sum x xᵀ
+    xd: Tensor  # (groups, in, out)  sum x dᵀ
+    dd: Tensor  # (groups, out)      sum d²
+    sx: Tensor  # (groups, in)
+    sd: Tensor  # (groups, out)
+    count: float  # samples
+    mix: float = 0.5
+    bias: bool = False
+
+    @classmethod
+    def zeros(cls, weight: Tensor) -> Gram:
+        g, o, i = weight.shape
+        new = weight.new_zeros
+        return cls(weight, new(g, i, i), new(g, i, o), new(g, o), new(g, i), new(g, o), 0.0)
+
+    def add(self, x: Tensor, d: Tensor | None) -> None:
+        """x (groups, samples, in), d (groups, samples, out) or None for no correction."""
+        self.xx.baddbmm_(x.mT, x)
+        self.sx += x.sum(1)
+        self.count += x.shape[1]
+        if d is not None:
+            self.xd.baddbmm_(x.mT, d)
+            self.dd += d.square().sum(1)
+            self.sd += d.sum(1)
+
+    def __add__(self, other: Gram) -> Gram:
+        sums = {k: getattr(self, k) + getattr(other, k) for k in ("xx", "xd", "dd", "sx", "sd", "count")}
+        return replace(self, **sums)
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(xx, xd, dd), centred where a bias is refit, since the best bias removes the means."""
+        if not self.bias:
+            return self.xx, self.xd, self.dd
+        n = max(self.count, 1.0)
+        return (
+            self.xx - self.sx[..., :, None] * self.sx[..., None, :] / n,
+            self.xd - self.sx[..., :, None] * self.sd[..., None, :] / n,
+            self.dd - self.sd.square() / n,
+        )
+
+    def rows(self, w: Tensor) -> Tensor:
+        """Squared error of each output, (groups, out), for weights w (groups, out, in)."""
+        xx, xd, dd = self.moments()
+        step = w - self.weight
+        return (step @ xx * step).sum(-1) - 2 * self.mix * (step * xd.mT).sum(-1) + self.mix**2 * dd
+
+    def value(self, w: Tensor) -> Tensor:
+        return self.rows(w).sum()
+
+    def energy(self) -> Tensor:
+        """sum ||W x||² (about its mean where a bias is refit): what errors are divided by."""
+        xx, _, _ = self.moments()
+        return (self.weight @ xx * self.weight).sum()
+
+    def gradient(self, w: Tensor) -> Tensor:
+        xx, xd, _ = self.moments()
+        return 2 * ((w - self.weight) @ xx - self.mix * xd.mT)
+
+    def product(self, w: Tensor, v: Tensor) -> Tensor:
+        return 2 * v @ self.moments()[0]
+
+    def best_bias(self, w: Tensor) -> Tensor:
+        """What to add to the layer's bias when its weights become w: (groups, out)."""
+        n = max(self.count, 1.0)
+        return self.mix * self.sd / n - ((w - self.weight) @ self.sx[..., None]).squeeze(-1) / n
+
+    def normal(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """(H, B): least squares with a ridge towards W has w_S = H_SS⁻¹ B_S on each support S.
+
+        ridge is a share of the mean diagonal of xx.  Raises ValueError where xx is zero: the layer sees no input.
+        """
+        xx, xd, _ = self.moments()
+        scale = xx.diagonal(dim1=-2, dim2=-1).mean(-1)
+        if not bool((scale > 0).any()):
+            raise ValueError("every calibration input of this layer is constant; nothing can be refit. Use other images.")
+        eye = torch.eye(xx.shape[-1], dtype=xx.dtype, device=xx.device)
+        h = xx + (ridge * scale + torch.finfo(xx.dtype).tiny)[..., None, None] * eye
+        return h, self.weight @ h + self.mix * xd.mT

@@ -1,0 +1,289 @@
+"""The loop: for each block of the model collect evidence, choose a mask, refit, verify, write, move on."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import methods, ranks, sites, walk
+from .collect import Pair, Target, find_junctions, grams, holding
+from .objective import Gram
+from .pattern import Pattern, allocate
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run.  Engine keys first; the run keys below are read by the command only.
+
+    mask, solve, refine: `{"method": name, **options}`, the options being keyword arguments of that method's function
+    (`hf_prune/methods/<name>.py`); solve and refine may be None.
+    """
+
+    name: str = "snows"
+    description: str = ""
+    # engine
+    nm: str | None = None
+    sparsity: float | None = None
+    scope: str = "layer"
+    mask: dict[str, Any] = field(default_factory=lambda: {"method": "obs"})
+    solve: dict[str, Any] | None = field(default_factory=lambda: {"method": "least_squares"})
+    refine: dict[str, Any] | None = None
+    target: dict[str, Any] = field(default_factory=dict)  # keyword arguments of collect.Target: mix, residual, bias
+    prune_stem: bool = False
+    prune_head: bool = False
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    seed: int = 0
+    # run
+    samples: int = 256
+    batch_size: int = 16
+
+    def pattern(self) -> Pattern:
+        if (self.nm is None) == (self.sparsity is None):
+            raise ValueError("give either --nm N:M or --sparsity S, and not both.")
+        return Pattern.parse(self.nm) if self.nm else Pattern.unstructured(self.sparsity, self.scope)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight in the plan.  `pattern` is None where it stays dense, and `reason` says why."""
+
+    name: str
+    shape: tuple[int, ...]
+    unit: str
+    numel: int
+    pattern: str | None = None
+    reason: str | None = None
+
+
+@dataclass
+class Plan:
+    rows: list[Row]
+    blocks: list[str]
+    walk: str  # how activations travel from block to block: chain, lean, splice or prefix
+
+
+@dataclass
+class Report:
+    """What was done, layer by layer: the `layers`, `resources` and `seed` of hf_prune.json."""
+
+    layers: list[dict[str, Any]]
+    resources: dict[str, Any]
+    calibration: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Selection:
+    """Everything the loop needs to know about a model before it starts."""
+
+    plan: Plan
+    units: list[walk.Unit]
+    patterns: dict[str, Pattern]  # site name -> pattern
+    small: Any  # a small batch for checks
+
+
+def plan(model: nn.Module, batch: Any, recipe: Recipe) -> Plan:
+    """Every weight of the model with the pattern it will follow, or the reason why it stays dense.
+
+    batch: one or two images, as the model's forward takes them.  Raises ValueError where nothing can be pruned.
+    """
+    return choose(model, batch, recipe).plan
+
+
+def choose(model: nn.Module, batch: Any, recipe: Recipe) -> Selection:
+    pattern = recipe.pattern()
+    named = sites.parameters(model)
+    bad = [n for n, p in named.items() if not torch.isfinite(p).all()]
+    if bad:
+        raise ValueError(f"{bad[0]}: holds NaN or infinite values ({len(bad)} such weights); repair the checkpoint.")
+    found = sites.find(model, batch)
+    reasons = dict(found.dense)
+    wanted = []
+    for s in found.sites:
+        misfit = pattern.misfit(s.channels)
+        if recipe.only and not any(matches(p, s) for p in recipe.only):
+            reasons[s.name] = "not in --only"
+        elif any(matches(p, s) for p in recipe.skip):
+            reasons[s.name] = "in --skip"
+        elif s.parameter in found.stem and not recipe.prune_stem and not recipe.only:
+            reasons[s.name] = "stem, kept dense by default (--prune-stem)"
+        elif s.parameter in found.head and not recipe.prune_head and not recipe.only:
+            reasons[s.name] = "classifier, kept dense by default (--prune-head)"
+        elif misfit:
+            reasons[s.name] = misfit
+        else:
+            wanted.append(s)
+    made, lost = walk.units(model, found, wanted, batch)
+    reasons |= lost
+    pruned = [s for u in made for s in u.sites]
+    if not pruned:
+        why = "; ".join(sorted({r for r in reasons.values()})[:4])
+        raise ValueError(f"no weight of this model can follow {pattern}: {why}.")
+    budgets = allocate(pattern, [s.read(named[s.parameter]) for s in pruned])
+    patterns = {s.name: p for s, p in zip(pruned, budgets, strict=True)}
+    unit_of = {s.name: u.name for u in made for s in u.sites}
+    rows = []
+    for s in found.sites:
+        rows.append(Row(s.name, s.shape if s.shape[0] > 1 else s.shape[1:], unit_of.get(s.name, ""), s.numel,
+                        str(patterns[s.name]) if s.name in patterns else None, reasons.get(s.name)))  # fmt: skip
+    listed = {s.parameter for s in found.sites}
+    rows += [Row(n, tuple(named[n].shape), "", named[n].numel(), None, r) for n, r in found.dense.items() if n not in listed]
+    return Selection(Plan(rows, [u.name for u in made], ""), made, patterns, batch)
+
+
+def matches(pattern: str, site: sites.Site) -> bool:
+    """Whether --skip/--only `pattern` names this weight: a parameter, a module or one of its parents, or a glob."""
+    import fnmatch
+
+    parts = site.parameter.split(".")
+    prefixes = {".".join(parts[:i]) for i in range(1, len(parts) + 1)} | {site.name}
+    return any(fnmatch.fnmatchcase(p, pattern) for p in prefixes)
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Any],
+    recipe: Recipe,
+    *,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Report:
+    """Prune `model` in place.
+
+    model: any nn.Module, its weights in float32 (or float64).  batches: what its forward takes, a tensor or a mapping
+    of keyword arguments; of a tuple the first entry is the input.  Labels are never used.
+    Raises ValueError, in one sentence, for everything a user can mend.
+    """
+    tell = progress or (lambda event: None)
+    began = time.perf_counter()
+    torch.manual_seed(recipe.seed)
+    batches = [b[0] if isinstance(b, (tuple, list)) else b for b in batches]
+    if not batches:
+        raise ValueError("no calibration batch was given; at least one image is needed.")
+    with exact_matmul():
+        small = head_of(batches[0], 2)
+        chosen = choose(model, small, recipe)
+        target = Target(**recipe.target)
+        tell({"event": "start", "layers": len(chosen.patterns)})
+        layers = run(model, batches, recipe, chosen, target, tell)
+    done = {entry["name"]: entry for entry in layers}
+    rows = [done.get(r.name) or dense_entry(r) for r in chosen.plan.rows]
+    images = sum(len(sites._tensors(b)[0]) for b in batches)
+    return Report(
+        layers=rows,
+        resources={
+            "seconds": time.perf_counter() - began,
+            "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+            "device": str(next(model.parameters()).device),
+            "world_size": ranks.world_size(),
+        },
+        calibration={"samples": images},
+    )
+
+
+def dense_entry(row: Row) -> dict[str, Any]:
+    return {"name": row.name, "shape": list(row.shape), "pattern": None, "kept": row.numel, "total": row.numel,
+            "error_before": None, "error_after": None, "weight_norm_ratio": 1.0, "seconds": 0.0,
+            "dense_reason": row.reason}  # fmt: skip
+
+
+class exact_matmul:
+    """TF32 and reduced-precision sums off while statistics are gathered and systems solved."""
+
+    def __enter__(self) -> None:
+        self.before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+
+    def __exit__(self, *failure: Any) -> None:
+        torch.set_float32_matmul_precision(self.before)
+
+
+def head_of(batch: Any, n: int) -> Any:
+    return torch.utils._pytree.tree_map(lambda t: t[:n] if torch.is_tensor(t) and t.dim() else t, batch)
+
+
+def run(model: nn.Module, batches: list[Any], recipe: Recipe, chosen: Selection, target: Target, tell: Any) -> list[dict]:
+    named = sites.parameters(model)
+    tensors = {**named, **dict(model.named_buffers())}
+    way = walk.Walk(model, chosen.units, chosen.small)
+    chosen.plan.walk = way.mode
+    pairs = [Pair(e, e) for e in way.enter(batches)]
+    small = way.enter([chosen.small])[0]
+    del batches
+    select, solve = recipe.mask, recipe.solve
+    needs = "gram" in (methods.evidence(select["method"]), solve and methods.evidence(solve["method"]))
+    dense: dict[str, Tensor] = {}
+    report: list[dict] = []
+    for i, unit in enumerate(chosen.units):
+        if way.mode != "prefix":
+            dense.clear()
+        touched = {n for s in unit.sites for n in (s.parameter, s.bias if target.bias else None, s.norm if target.bias else None) if n}
+        dense |= {n: tensors[n].detach().clone() for n in touched}
+        if needs and target.residual:
+            find_junctions(way, unit, small)
+        changed = False
+        for stage in unit.stages:
+            began = time.perf_counter()
+            evidence: list[Gram | None] = [None] * len(stage)
+            if needs:
+                (evidence,) = grams(way, i, stage, pairs, dense, target, changed, [0] * len(pairs))
+            for site, gram in zip(stage, evidence, strict=True):
+                entry = layer(site, named, tensors, chosen.patterns[site.name], gram, recipe, target)
+                entry["seconds"] = time.perf_counter() - began
+                began = time.perf_counter()
+                report.append(entry)
+                tell({"event": "layer", "block": unit.name, "index": len(report), "layers": len(chosen.patterns), **entry})
+            changed = True
+        small = way.advance(i, small)
+        if i + 1 < len(chosen.units):
+            for pair in pairs:
+                with holding(model, dense):
+                    after = way.advance(i, pair.dense) if target.mix > 0 or recipe.refine else None
+                pair.pruned = way.advance(i, pair.pruned)
+                pair.dense = after
+    return report
+
+
+def layer(site: sites.Site, named: dict, tensors: dict, pattern: Pattern, gram: Gram | None, recipe: Recipe, target: Target) -> dict:
+    """Select, solve, verify and write one layer; returns its entry of the report."""
+    parameter = named[site.parameter]
+    weight = site.read(parameter)
+    if gram is not None:
+        gram = replace(gram, mix=target.mix, bias=target.bias and (site.bias is not None or site.norm is not None))
+    problem = methods.Problem(weight, pattern, gram)
+    options = {k: v for k, v in recipe.mask.items() if k != "method"}
+    try:
+        draft = methods.function("select", recipe.mask["method"])(problem, **options)
+        new = draft.weight
+        if recipe.solve:
+            options = {k: v for k, v in recipe.solve.items() if k != "method"}
+            new = methods.function("solve", recipe.solve["method"])(problem, draft, **options)
+        new = new * draft.mask
+        pattern.verify(new, site.name)
+    except ValueError as e:
+        raise ValueError(f"{site.name}: {e}" if site.name not in str(e) else str(e)) from e
+    site.write(parameter, new)
+    entry = {
+        "name": site.name, "shape": list(site.shape if site.shape[0] > 1 else site.shape[1:]), "pattern": str(pattern),
+        "kept": int((new != 0).sum()), "total": site.numel, "error_before": None, "error_after": None,
+        "weight_norm_ratio": float(new.norm() / weight.norm()), "seconds": 0.0, "dense_reason": None,
+    }  # fmt: skip
+    if gram is not None:
+        energy = gram.energy().clamp_min(1e-30)
+        entry["error_before"] = float(gram.value(weight * draft.mask) / energy)
+        entry["error_after"] = float(gram.value(new) / energy)
+        if gram.bias and recipe.solve:
+            shift = gram.best_bias(new).reshape(-1)
+            with torch.no_grad():
+                if site.bias is not None:
+                    tensors[site.bias].add_(shift.to(tensors[site.bias]))
+                else:
+                    tensors[site.norm].sub_(shift.to(tensors[site.norm]))
+    return entry

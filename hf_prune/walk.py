@@ -1,0 +1,349 @@
+"""Blocks of any architecture, and how activations travel from one to the next.
+
+No code here knows an architecture.  Blocks are the repeated composite modules; their order comes from one recorded
+forward.  From block to block the cheapest form of replay is used that reproduced the recorded forward to the bit:
+
+* chain   the next block's input is the previous block's output (and tensors both were handed);
+* lean    the model's own forward runs with earlier blocks replaced by stubs that return zeros, and stops at the block;
+* splice  the same with stubs that return the outputs they had, for models whose later parts look further back;
+* prefix  the whole model up to the block runs again: the last resort, its cost grows with the square of the depth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from .sites import Found, Site, Stop, feed, quiet
+
+
+@dataclass
+class Unit:
+    """A block, or a single layer that lies in none.  Runs once per forward."""
+
+    name: str
+    module: nn.Module
+    sites: list[Site] = field(default_factory=list)
+
+    @property
+    def stages(self) -> list[list[Site]]:
+        """Sites in execution order; those that read the same input stand together, since none waits for another."""
+        stages: dict[int, list[Site]] = {}
+        for s in self.sites:
+            stages.setdefault(s.source, []).append(s)
+        return list(stages.values())
+
+
+def _members(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The repeated children of a list-like container; [] where `module` is none."""
+    children = [(n, c) for n, c in module.named_children() if next(c.parameters(), None) is not None]
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        return children
+    composite = [c for _, c in children if next(c.children(), None) is not None]
+    alike = len(children) >= 2 and len(composite) == len(children) and len({type(c) for c in composite}) == 1
+    return children if alike else []
+
+
+def block_names(model: nn.Module, sites: list[Site], once: set[str]) -> list[str]:
+    """Names of the blocks: members of list-like containers that hold at least two sites and are no stage of blocks.
+
+    once: the modules that ran exactly once in a forward; only such a module can be replayed.
+    """
+
+    def under(name: str) -> int:
+        return sum(1 for s in sites if s.parameter.startswith(name + ".")) if name else len(sites)
+
+    def inner(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Every candidate block directly or indirectly below, not descending into candidates."""
+        out = []
+        members = _members(module)
+        for n, child in module.named_children():
+            full = f"{name}.{n}" if name else n
+            member = any(child is c for _, c in members) and type(child) is not nn.Sequential
+            if member and under(full) >= 2 and full in once:
+                out.append((full, child))
+            else:
+                out += inner(full, child)
+        return out
+
+    def resolve(name: str, module: nn.Module) -> list[str]:
+        below = inner(name, module)
+        kinds = [type(c) for _, c in below]
+        repeated = len(below) >= 2 or len(set(kinds)) < len(kinds)
+        if repeated and sum(under(n) for n, _ in below) * 2 >= under(name):
+            return [b for n, c in below for b in resolve(n, c)]
+        return [name]
+
+    return [b for n, c in inner("", model) for b in resolve(n, c)]
+
+
+def units(model: nn.Module, found: Found, wanted: list[Site], batch: Any) -> tuple[list[Unit], dict[str, str]]:
+    """Units that hold a wanted site, in execution order; and {parameter: reason} for sites no unit can replay."""
+    modules = dict(model.named_modules())
+    calls: dict[str, int] = {}
+
+    def seen(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            calls[name] = calls.get(name, 0) + 1
+
+        return hook
+
+    with _hooks(*(m.register_forward_pre_hook(seen(n)) for n, m in modules.items())), quiet(model), torch.no_grad():
+        feed(model, batch)
+    once = {n for n, count in calls.items() if count == 1 and n}
+    blocks = block_names(model, found.sites, once)
+    home = [next((b for b in blocks if s.parameter.startswith(b + ".")), s.module) for s in wanted]
+    order = [n for n in calls if n in set(home)]  # dicts keep the order of the first call
+    reasons = {}
+    made = {n: Unit(n, modules[n]) for n in order if n in once}
+    for s, name in zip(wanted, home, strict=True):
+        if name in made:
+            made[name].sites.append(s)
+        elif calls.get(name, 0) > 1:
+            reasons[s.name] = f"its module {name} runs {calls[name]} times per forward"
+        else:
+            reasons[s.name] = f"its module {name or '(the model itself)'} is never called as a module"
+    result = [u for u in made.values() if u.sites]
+    for i, u in enumerate(result):
+        for s in u.sites:
+            s.unit = i
+    return result, reasons
+
+
+Entry = tuple[list[Any], Any]  # leaves and tree spec of (args, kwargs)
+
+
+def _clone(tree: Any) -> Any:
+    return tree_map(lambda t: t.detach().clone() if torch.is_tensor(t) else t, tree)
+
+
+def _same(a: Any, b: Any) -> bool:
+    la, sa = tree_flatten(a)
+    lb, sb = tree_flatten(b)
+    if sa != sb:
+        return False
+    for x, y in zip(la, lb, strict=True):
+        if torch.is_tensor(x) != torch.is_tensor(y) or (torch.is_tensor(x) and not torch.equal(x, y)):
+            return False
+    return True
+
+
+class Reached(Stop):
+    """Carries what a hook saw when it ended the forward."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+
+@contextlib.contextmanager
+def _hooks(*handles: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for h in handles:
+            h.remove()
+
+
+class Walk:
+    """Runs one unit at a time.  `batch`: a small batch on which every form of replay is checked before it is used."""
+
+    def __init__(self, model: nn.Module, units: list[Unit], batch: Any) -> None:
+        self.model, self.units = model, units
+        self.device = next(model.parameters()).device
+        self.specs: dict[tuple, list[Any]] = {}
+        self.links: list[dict[str, Any]] = []
+        with quiet(model), torch.no_grad():
+            inputs, outputs = self._record(batch)
+            self.mode = "chain"
+            self._check(batch, inputs, outputs)
+
+    # -- choosing the form
+
+    def _record(self, batch: Any) -> tuple[list[Any], list[Any]]:
+        """Inputs and outputs of every unit in one forward: the live objects, and clones of their values."""
+        inputs: list[Any] = [None] * len(self.units)
+        outputs: list[Any] = [None] * len(self.units)
+
+        def before(i: int) -> Any:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                inputs[i] = ((args, kwargs), _clone((args, kwargs)))
+
+            return hook
+
+        def after(i: int) -> Any:
+            def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+                outputs[i] = (out, _clone(out))
+
+            return hook
+
+        handles = [u.module.register_forward_pre_hook(before(i), with_kwargs=True) for i, u in enumerate(self.units)]
+        handles += [u.module.register_forward_hook(after(i), with_kwargs=True) for i, u in enumerate(self.units)]
+        with _hooks(*handles):
+            feed(self.model, batch)
+        self.specs[_signature(batch)] = [
+            tree_map(lambda t: (t.shape, t.dtype) if torch.is_tensor(t) else t, o[1]) for o in outputs
+        ]
+        return inputs, outputs
+
+    def _check(self, batch: Any, inputs: list[Any], outputs: list[Any]) -> None:
+        for i, unit in enumerate(self.units):
+            args, kwargs = _clone(inputs[i][1])
+            if not _same(unit.module(*args, **kwargs), outputs[i][1]):
+                self.mode = "prefix"  # the block depends on more than its arguments
+                return
+        history = [o[1] for o in outputs]
+        for i in range(len(self.units) - 1):
+            link = self._chain(inputs[i], outputs[i], inputs[i + 1])
+            if link is not None:
+                self.links.append(link)
+                continue
+            for form in ("lean", "splice"):
+                reached = self._glue(batch, i, history[: i + 1], form)
+                if reached is not None and _same(reached, inputs[i + 1][1]):
+                    self.links.append({"form": form})
+                    break
+            else:
+                self.mode = "prefix"
+                return
+        forms = {link["form"] for link in self.links}
+        self.mode = next((f for f in ("splice", "lean") if f in forms), "chain")
+
+    @staticmethod
+    def _chain(now: Any, out: Any, following: Any) -> dict[str, Any] | None:
+        """Where each leaf of the next unit's arguments comes from, if all come from this unit's output or arguments."""
+        outs, ins = tree_leaves(out[0]), tree_leaves(now[0])
+        outs_then, ins_then = tree_leaves(out[1]), tree_leaves(now[1])
+        leaves, spec = tree_flatten(following[0])
+        values = tree_leaves(following[1])
+        plan: list[tuple[str, Any]] = []
+        if (len(outs), len(ins), len(leaves)) != (len(outs_then), len(ins_then), len(values)):
+            return None  # a container among the arguments grew on the way
+        for leaf, value in zip(leaves, values, strict=True):
+            if not torch.is_tensor(leaf):
+                plan.append(("value", leaf))
+                continue
+            found = next((("out", j) for j, t in enumerate(outs) if t is leaf or _alias(t, leaf)), None)
+            found = found or next((("in", j) for j, t in enumerate(ins) if t is leaf or _alias(t, leaf)), None)
+            if found is None:
+                return None
+            kind, j = found
+            if not torch.equal((outs_then if kind == "out" else ins_then)[j], value):
+                return None  # changed in place on the way
+            plan.append(found)
+        if not any(kind == "out" for kind, _ in plan):
+            return None
+        return {"form": "chain", "plan": plan, "spec": spec}
+
+    # -- running
+
+    def enter(self, batches: Iterable[Any]) -> list[dict[str, Any]]:
+        """Stream at the first unit: one entry per batch, in host memory."""
+        entries = []
+        with quiet(self.model), torch.no_grad():
+            for batch in batches:
+                entry: dict[str, Any] = {}
+                if self.mode != "chain":
+                    entry["batch"] = _clone(batch)
+                if self.mode == "splice":
+                    entry["outputs"] = []
+                if self.mode != "prefix":
+                    entry["call"] = self._reach(batch, 0, {})
+                entries.append(entry)
+        return entries
+
+    def call(self, i: int, entry: dict[str, Any]) -> Any:
+        """Unit i's output for one entry.  Differentiable with respect to the unit's weights."""
+        if self.mode == "prefix":
+            def done(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+                raise Reached(out)
+
+            with _hooks(self.units[i].module.register_forward_hook(done, with_kwargs=True)):
+                try:
+                    feed(self.model, self._place(entry["batch"]))
+                except Reached as reached:
+                    return reached.value
+            raise AssertionError(f"{self.units[i].name} was not reached")
+        args, kwargs = self._place(entry["call"])
+        return self.units[i].module(*args, **kwargs)
+
+    def advance(self, i: int, entry: dict[str, Any]) -> dict[str, Any]:
+        """The entry for unit i + 1 from unit i's entry, through unit i with its present weights."""
+        if self.mode == "prefix" or i + 1 >= len(self.units):
+            return entry
+        with quiet(self.model), torch.no_grad():
+            out = self.call(i, entry)
+            link = self.links[i]
+            following = {k: v for k, v in entry.items() if k in ("batch", "outputs")}
+            if self.mode == "splice":
+                following["outputs"] = [*entry["outputs"], self._keep(out)]
+            if link["form"] == "chain":
+                outs, ins = tree_leaves(out), tree_leaves(entry["call"])
+                leaves = [
+                    v if kind == "value" else (self._keep(outs[v]) if kind == "out" else ins[v]) for kind, v in link["plan"]
+                ]
+                following["call"] = tree_unflatten(leaves, link["spec"])
+            else:
+                history = [*([None] * i), out] if link["form"] == "lean" else [*entry["outputs"], out]
+                following["call"] = self._glue(self._place(entry["batch"]), i, history, link["form"], keep=True)
+        return following
+
+    def _glue(self, batch: Any, i: int, history: list[Any], form: str, keep: bool = False) -> Any:
+        """What unit i + 1 is called with when units up to i return `history` (earlier ones zeros, where lean)."""
+        stubs: dict[int, Any] = {i: history[i]}
+        if form == "splice":
+            stubs = dict(enumerate(history))
+        elif i:
+            if _signature(batch) not in self.specs:
+                self._record(batch)
+            for j in range(i):
+                stubs[j] = tree_map(
+                    lambda s: torch.zeros(s[0], dtype=s[1], device=self.device) if _is_spec(s) else s,
+                    self.specs[_signature(batch)][j],
+                    is_leaf=_is_spec,
+                )
+        return self._reach(batch, i + 1, stubs, keep)
+
+    def _reach(self, batch: Any, i: int, stubs: dict[int, Any], keep: bool = True) -> Any:
+        def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
+            raise Reached((args, kwargs))
+
+        for j, value in stubs.items():
+            self.units[j].module.forward = lambda *a, value=value, **k: self._place(value)  # type: ignore[method-assign]
+        try:
+            with _hooks(self.units[i].module.register_forward_pre_hook(stop, with_kwargs=True)):
+                feed(self.model, self._place(batch))
+        except Reached as reached:
+            return self._keep(reached.value)
+        finally:
+            for j in stubs:
+                del self.units[j].module.forward
+        return None
+
+    def _keep(self, tree: Any) -> Any:
+        return tree_map(lambda t: t.detach().to("cpu", copy=True) if torch.is_tensor(t) else t, tree)
+
+    def _place(self, tree: Any) -> Any:
+        # a copy even where the device is the host: a block may write into its arguments
+        return tree_map(lambda t: t.detach().to(self.device, copy=True) if torch.is_tensor(t) else t, tree)
+
+
+def _is_spec(s: Any) -> bool:
+    return isinstance(s, tuple) and len(s) == 2 and isinstance(s[0], torch.Size)
+
+
+def _alias(a: Any, b: Tensor) -> bool:
+    return (
+        torch.is_tensor(a) and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and a.shape == b.shape and a.stride() == b.stride() and a.storage_offset() == b.storage_offset()
+    )
+
+
+def _signature(batch: Any) -> tuple:
+    return tuple(tuple(t.shape) for t in tree_leaves(batch) if torch.is_tensor(t))
