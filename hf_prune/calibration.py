@@ -132,7 +132,7 @@ class ImageSet:
             self._pass_notes.append(f"{self.samples} images were asked for; the dataset gave {good}.")
         count = len(self.label_names or [])
         # what a fair draw would hit, halved: far fewer classes than that means the data came sorted by class
-        if classes and len(classes) < count * (1 - (1 - 1 / count) ** self.yielded) / 2:
+        if classes and count and len(classes) < count * (1 - (1 - 1 / count) ** self.yielded) / 2:
             self._pass_notes.append(
                 f"the {self.yielded} images show only {len(classes)} of {count} classes: the data is "
                 f"sorted by class, or holds no others."

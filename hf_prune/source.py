@@ -111,8 +111,9 @@ def _fetch(
         wanted = [file for file in SMALL_FILES if file in files]
         wanted += [file for file in files if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", file)]
         wanted += [file for file in files if file.endswith(".py")] if remote_code else []
-        folder = snapshot_download(repo, revision=info.sha, token=token, allow_patterns=wanted)
-        return Path(folder), str(info.sha), []
+        # by the user's revision, not by info.sha: so the cache learns which commit the name stood for
+        folder = Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=wanted))
+        return folder, folder.name, []
     except HFValidationError as error:
         raise ValueError(f"{name} is neither a local folder nor a possible Hub id (owner/name).") from error
     except GatedRepoError as error:
