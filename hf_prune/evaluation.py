@@ -181,7 +181,7 @@ def wilson(hits: int, count: int) -> list[float]:
     share, square = hits / count, z * z / count
     middle = (share + square / 2) / (1 + square)
     reach = z * math.sqrt(share * (1 - share) / count + square / (4 * count)) / (1 + square)
-    return [max(0.0, middle - reach), min(1.0, middle + reach)]
+    return [max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))]  # rounding must not exclude it
 
 
 def mcnemar(lost: int, won: int) -> float:

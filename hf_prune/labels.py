@@ -64,14 +64,14 @@ def match(
     count = len(model_labels) if model_labels is not None else num_classes
     if count is None:
         raise ValueError("the model has neither class names nor a number of classes; accuracy cannot be measured.")
+    if dataset_names is not None and model_labels is not None and list(dataset_names) == list(model_labels):
+        return LabelMap(list(range(count)), None)
     theirs, ours = _usable(model_labels), _usable(dataset_names)
-    numbered = _numbers(dataset_names) if ours is not None and _numbers(model_labels) is None else None
-    if numbered is not None:
-        return _numbered(numbered, theirs, count)
+    numbers = _numbers(dataset_names) if ours is not None else None  # numbers, but not in order
+    if numbers is not None and (theirs is None or _numbers(model_labels) is None):
+        return _numbered(numbers, theirs, count)
     if ours is None or theirs is None:
         return _unnamed(dataset_names, ours, theirs, count)
-    if list(dataset_names or []) == list(model_labels or []):
-        return LabelMap(list(range(count)), None)
     shift = 1 if _plain(theirs[0].text) in BACKGROUND and _plain(ours[0].text) not in BACKGROUND else 0
     note = "the model's class 0 is background; it is never right." if shift else None
     if len(ours) + shift == len(theirs):
