@@ -176,7 +176,11 @@ def images(
     stream = not local if streaming is None else streaming
     with _quiet_bars():
         found = _open(builder, chosen, dataset, stream)
-    features = found.features if found.features is not None else _peek(found, dataset, chosen)
+    found = _with_features(found, dataset, chosen)
+    if stream:
+        # Before anything else: datasets decodes remote streams ahead in threads, where a broken image ends the stream.
+        found = found.decode(False)
+    features = dict(found.features)
     image_column = _image_column(features, image_column, dataset)
     label_column, label_names = _label_column(features, label_column, image_column, dataset)
     columns = [image_column] + ([label_column] if label_column else [])
@@ -336,7 +340,8 @@ def _builder(dataset: str, config: str | None, token: str | None, revision: str 
         missing = (
             " was not found: there is no such folder and no such dataset on the Hub (or it is private: pass --token)."
         )
-        raise ValueError(f"--dataset {dataset}" + (gated if "gated" in str(error) else missing)) from error
+        where = f"--dataset {dataset}" + (f" at revision {revision}" if revision else "")
+        raise ValueError(where + (gated if "gated" in str(error) else missing)) from error
     except ConnectionError as error:
         raise ValueError(
             f"--dataset {dataset}: there is no such folder, and the Hub could not be reached ({_short(error)})."
@@ -348,7 +353,13 @@ def _builder(dataset: str, config: str | None, token: str | None, revision: str 
         text = str(error)
         if text.startswith("--dataset"):
             raise
-        raise ValueError(f"--dataset {dataset}: {_short(error)}") from error  # several configurations: it lists them
+        several = re.search(r"Config name is missing.*?\[(.*?)\]", text, re.S)
+        if several:
+            choice = several[1].replace("'", "")
+            raise ValueError(
+                f"--dataset {dataset} has several configurations; choose one with --config: {choice}."
+            ) from error
+        raise ValueError(f"--dataset {dataset}: {_short(error)}") from error
     except (DatasetsError, OSError, RuntimeError) as error:
         raise ValueError(f"--dataset {dataset} could not be opened: {_short(error)}") from error
 
@@ -380,12 +391,13 @@ def _empty(error: BaseException) -> bool:
     return "corresponds to no data" in str(error) or "contains no data" in str(error)
 
 
-def _peek(found: Any, dataset: str, split: str) -> dict[str, Any]:
-    """The features of a stream that does not state them, from its first rows."""
-    resolved = found._resolve_features().features
-    if resolved is None:
+def _with_features(found: Any, dataset: str, split: str) -> Any:
+    """The dataset with its features known: a stream may not state them before its first rows are read."""
+    if found.features is None:
+        found = found._resolve_features()
+    if found.features is None:
         raise ValueError(f"--dataset {dataset}: split {split} is empty.")
-    return dict(resolved)
+    return found
 
 
 def _image_column(features: dict[str, Any], wanted: str | None, dataset: str) -> str:

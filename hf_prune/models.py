@@ -136,6 +136,7 @@ def load(
     reachable, gated, no safetensors, weights missing (they would be random), not finite, quantized, not a vision model.
     """
     chosen = _dtype(dtype) if dtype is not None else None
+    _need_torchvision()
     origin = sources.resolve(name, revision=revision, token=token, remote_code=trust_remote_code)
     stored = _stored_dtypes(origin)
     reader = _load_timm if origin.library == "timm" else _load_transformers
@@ -386,6 +387,17 @@ def _flat(features: Tensor) -> Tensor:
     if features.ndim == 3:
         return features.mean(1)
     return features.flatten(2).mean(2) if features.ndim > 3 else features
+
+
+def _need_torchvision() -> None:
+    """torchvision is compiled against one torch; another one breaks it, timm and half of transformers on import."""
+    try:
+        import torchvision  # noqa: F401
+    except (RuntimeError, ImportError, OSError, AttributeError) as error:
+        raise ValueError(
+            f"torchvision does not work with the installed torch {torch.__version__} ({str(error).splitlines()[0]}); "
+            f"install the pair that belongs together: pip install --upgrade torch torchvision"
+        ) from error
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -92,6 +92,21 @@ def test_streaming_mixes_through_a_buffer(folder: Path) -> None:
     assert any("mixed through a buffer" in note for note in found.notes)
 
 
+def test_a_stream_that_decodes_ahead_survives_broken_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As datasets opens remote streams: in threads that would stop at the first broken image."""
+    cells = pictures(6)
+    cells[2] = {"bytes": b"no image", "path": None}
+    file = parquet(tmp_path / "x.parquet", {"image": cells}, {"image": datasets.Image()})
+    plain = datasets.DatasetBuilder.as_streaming_dataset
+
+    def ahead(self: datasets.DatasetBuilder, split: str) -> datasets.IterableDataset:
+        return plain(self, split=split)._resolve_features().decode(num_threads=2)
+
+    monkeypatch.setattr(datasets.DatasetBuilder, "as_streaming_dataset", ahead)
+    found = images(str(file), streaming=True)
+    assert sorted(numbers(found)) == [0, 1, 3, 4, 5] and found.skip_reasons == {"not an image": 1}
+
+
 def test_sorted_data_is_reported(tmp_path: Path) -> None:
     feature = {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(i) for i in range(50)])}
     file = parquet(tmp_path / "x.parquet", {"image": pictures(40), "label": [7] * 40}, feature)
@@ -135,6 +150,18 @@ def test_splits(tmp_path: Path) -> None:
     assert images(str(tmp_path), split="validation").default_eval_split == "test"
     assert len(list(images(str(tmp_path), split="train[:50%]"))) == 2
     assert "has no split 'dev'; it has train, validation, test" in message(tmp_path, split="dev")
+
+
+def test_configurations(tmp_path: Path) -> None:
+    head = "---\nconfigs:\n"
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        parquet(tmp_path / name / "train.parquet", {"image": pictures(2)}, {"image": datasets.Image()})
+        head += f"- config_name: {name}\n  data_files: {name}/*.parquet\n"
+    (tmp_path / "README.md").write_text(head + "---\n")
+    assert "choose one with --config: first, second." in message(tmp_path)
+    assert sorted(numbers(images(str(tmp_path), config="second"))) == [0, 1]
+    assert "third" in message(tmp_path, config="third")
 
 
 def test_columns(tmp_path: Path) -> None:

@@ -426,6 +426,19 @@ def test_repository_code_needs_permission(checkpoints: dict[str, Path], tmp_path
     assert "--trust-remote-code" in message(folder)
 
 
+def test_torchvision_of_another_torch(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision")
+    found = message(checkpoints["vit"])
+    assert "torchvision::nms" in found and "pip install --upgrade torch torchvision" in found
+
+
 def test_names_that_mean_nothing_offline() -> None:
     assert "the Hub could not be reached" in message("nobody/no-such-model")
     assert "neither a local folder nor a possible Hub id" in message("two words/model")
