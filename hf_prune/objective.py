@@ -33,15 +33,17 @@ class Gram:
         new = weight.new_zeros
         return cls(weight, new(g, i, i), new(g, i, o), new(g, o), new(g, i), new(g, o), 0.0)
 
-    def add(self, x: Tensor, d: Tensor | None) -> None:
-        """x (groups, samples, in), d (groups, samples, out) or None for no correction."""
+    def add_inputs(self, x: Tensor) -> None:
+        """x (groups, samples, in)."""
         self.xx.baddbmm_(x.mT, x)
-        self.sx += x.sum(1)
+        self.sx += (x.mT @ x.new_ones(x.shape[1], 1)).squeeze(-1)
         self.count += x.shape[1]
-        if d is not None:
-            self.xd.baddbmm_(x.mT, d)
-            self.dd += d.square().sum(1)
-            self.sd += d.sum(1)
+
+    def add_corrections(self, x: Tensor, d: Tensor) -> None:
+        """x (groups, samples, in), d (groups, samples, out)."""
+        self.xd.baddbmm_(x.mT, d)
+        self.dd += torch.linalg.vector_norm(d, dim=1).square()
+        self.sd += (d.mT @ d.new_ones(d.shape[1], 1)).squeeze(-1)
 
     def __add__(self, other: Gram) -> Gram:
         sums = {k: getattr(self, k) + getattr(other, k) for k in ("xx", "xd", "dd", "sx", "sd", "count")}
