@@ -11,8 +11,6 @@ measures the result and describes it.
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +19,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .pattern import Pattern
-    from .prune import Recipe, Report
+    from .loop import Recipe, Report
 
 __version__ = "0.1.0"
 __all__ = ["Pattern", "Recipe", "Report", "prune", "__version__"]
 
-_HOME = {"Pattern": "pattern", "Recipe": "prune", "Report": "prune"}
+_HOME = {"Pattern": "pattern", "Recipe": "loop", "Report": "loop"}
 
 
 def prune(
@@ -46,9 +44,9 @@ def prune(
     batches or weights that cannot be used.
     """
     from . import recipe as recipes
-    from .prune import prune as loop
+    from .loop import prune as run
 
-    return loop(model, batches, recipes.load(recipe, **overrides), progress=progress)
+    return run(model, batches, recipes.load(recipe, **overrides), progress=progress)
 
 
 def __getattr__(name: str) -> Any:
@@ -56,15 +54,3 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-class _Package(types.ModuleType):
-    """Keeps `hf_prune.prune` the function: importing the file prune.py would bind that name to the module."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "prune" and isinstance(value, types.ModuleType):
-            return
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

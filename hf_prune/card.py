@@ -141,7 +141,7 @@ def _snippet(report: Mapping[str, Any], title: str) -> str:
 def _results(report: Mapping[str, Any]) -> str:
     evaluation = report["evaluation"]
     if not evaluation:
-        return "**Not evaluated.** The run was made with `--no-eval`; nothing is known about this model's accuracy."
+        return "**Not evaluated.** Nothing is known about this model's accuracy."
     rows = []
     dense, pruned = evaluation.get("dense"), evaluation.get("pruned")
     for key, words in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy")):
@@ -149,15 +149,26 @@ def _results(report: Mapping[str, Any]) -> str:
             rows.append((words, _percent(dense, key), _percent(pruned, key)))
     if evaluation.get("agreement") is not None:
         rows.append(("same top-1 answer as the dense model", "", _percent(evaluation, "agreement")))
-    if evaluation.get("logit_error") is not None:
-        what = "logits" if report["model"].get("classes") else "representations"
-        rows.append((f"relative squared error of the {what}", "0", f"{evaluation['logit_error']:.4g}"))
+    for key, what in (("logit_error", "logits"), ("representation_error", "representations")):
+        if evaluation.get(key) is not None:
+            interval = evaluation.get(f"{key}_interval")
+            around = f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else ""
+            rows.append((f"relative squared error of the {what}", "0", f"{evaluation[key]:.4g}{around}"))
     data = evaluation.get("dataset")
     where = f" of {_dataset(evaluation)}" if data else ""
-    skipped = f" {evaluation['skipped']} images could not be decoded and were left out." if evaluation.get("skipped") else ""
-    said = f"Dense and pruned on the same {evaluation['samples']} images{where}, by the run that made this model.{skipped}"
-    intervals = " In brackets: 95 % intervals over the choice of images." if any("[" in cell for r in rows for cell in r) else ""
-    return said + intervals + "\n\n" + _table(("", "dense", "pruned"), rows)
+    skipped = (
+        f" {evaluation['skipped']} images could not be decoded and were left out." if evaluation.get("skipped") else ""
+    )
+    said = (
+        f"Dense and pruned on the same {evaluation['samples']} images{where}, by the run that made this model.{skipped}"
+    )
+    intervals = (
+        " In brackets: 95 % intervals over the choice of images."
+        if any("[" in cell for r in rows for cell in r)
+        else ""
+    )
+    notes = "".join(f"\n- {_prose(note)}" for note in evaluation.get("notes") or ())
+    return said + intervals + "\n\n" + _table(("", "dense", "pruned"), rows) + (notes and "\n" + notes)
 
 
 def _percent(scores: Mapping[str, Any], key: str) -> str:
@@ -183,9 +194,8 @@ def _calibration(report: Mapping[str, Any]) -> str:
     part = report["calibration"]
     where = f" of {_dataset(part)}" if part.get("dataset") else ""
     skipped = f" {part['skipped']} images could not be decoded and were left out." if part["skipped"] else ""
-    return (
-        f"Calibration: {part['samples']} images{where}, drawn with seed {report['seed']}. Their labels were not used.{skipped}"
-    )
+    drawn = f"drawn with seed {report['seed']}"
+    return f"Calibration: {part['samples']} images{where}, {drawn}. Their labels were not used.{skipped}"
 
 
 def _resources(part: Mapping[str, Any]) -> str:
@@ -236,8 +246,8 @@ def _limits(report: Mapping[str, Any]) -> list[str]:
         found.append("Not evaluated: measure it on your own images before you use it.")
     else:
         found.append(
-            f"Measured on {evaluation['samples']} images of one dataset; other images, classes that are rare there, and "
-            "robustness were not measured."
+            f"Measured on {evaluation['samples']} images of one dataset; other images, classes that are rare there, "
+            "and robustness were not measured."
         )
     found.append("Pruned without retraining. It has the biases and the limits of the dense model, and its licence.")
     return found
@@ -255,14 +265,16 @@ def code(value: Any) -> str:
 
 
 def _prose(value: Any) -> str:
-    """Text of ours that may carry a name from outside, as plain words: every sign that markdown or HTML reads is escaped."""
+    """Text of ours that may carry a name from outside, as plain words: every sign that markdown reads is escaped."""
     return re.sub(r"([\\`*_{}\[\]<>()#+!~&@:])", r"\\\1", _line(value))
 
 
 def _line(value: Any) -> str:
     """One line: white space of any kind becomes a blank; control, format and direction characters go."""
     text = re.sub(r"\s+", " ", str(value))
-    return "".join(sign for sign in text if unicodedata.category(sign) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")).strip()
+    return "".join(
+        sign for sign in text if unicodedata.category(sign) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+    ).strip()
 
 
 def _visible(value: str, keep_lines: bool = False) -> str:

@@ -1,8 +1,8 @@
 """The output folder: written whole or not at all.
 
-Everything goes into a hidden sibling first (`.NAME.partial-HOST-PID-XXXX`), is flushed to the disk, and is renamed to its
-final name at the end, so a killed run never leaves a folder that looks finished. An older folder is swapped out by two
-renames (`.NAME.replaced-...` in between) and put back if the second one fails or the process dies between them.
+Everything goes into a hidden sibling first (`.NAME.partial-HOST-PID-XXXX`), is flushed to the disk, and is renamed at
+the end, so a killed run never leaves a folder that looks finished. An older folder is swapped out by two renames
+(`.NAME.replaced-...` in between) and put back if the second one fails or the process dies between them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def refuse_existing(folder: str | Path, *, overwrite: bool = False, source: str 
         raise ValueError(f"--output-dir {folder} exists already: choose another one, or replace it with --overwrite.")
     if not (target / REPORT).is_file():
         raise ValueError(
-            f"--overwrite: {folder} was not written by hf-prune (it holds no {REPORT}); remove it yourself if it can go."
+            f"--overwrite: {folder} was not written by hf-prune (it holds no {REPORT}); "
+            f"remove it yourself if it can go."
         )
 
 
@@ -87,7 +88,7 @@ def write(
 ) -> Path:
     """Write model, processor, hf_prune.json, recipe.yaml and README.md; the folder appears complete, or not at all.
 
-    loaded: holds the pruned module. report: as hf_prune/schema.py says. card: text of README.md. recipe: text of recipe.yaml.
+    loaded: holds the pruned module. report: as hf_prune/schema.py says. card, recipe: texts of README.md, recipe.yaml.
     Returns the folder. Raises ValueError as `refuse_existing`, and AssertionError for a report that breaks the schema.
     """
     wrong = schema.problems(report)

@@ -6,14 +6,17 @@ Slow libraries are imported when their turn comes: `--help`, a typo and a contra
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import importlib
 import os
+import re
 import shlex
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
     from .calibration import ImageSet
     from .models import Loaded
-    from .prune import Plan
+    from .loop import Recipe
     from .recipe import Run
 
 # First words that are commands of their own, and the module whose `run(arguments)` they call. A model folder of the
@@ -142,62 +145,491 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser().print_help()
         return 2
     try:
-        args = parser().parse_args(words)
-    except SystemExit as stop:  # argparse has printed what it had to say
+        args = vars(parser().parse_args(words))
+    except SystemExit as stop:  # argparse has said what it had to say
         return int(stop.code or 0)
-    return _guard(lambda: run(vars(args), words), verbose)
+    return _guard(lambda: run(args, words), verbose)
 
 
 def _guard(work: Callable[[], int], verbose: bool) -> int:
-    """Turn the exceptions that a user can mend into one message and an exit code."""
+    """Turn the exceptions that a user can mend into one message and an exit code; let bugs have their traceback."""
     try:
         return work()
     except ValueError as error:
         if verbose:
             traceback.print_exc()
-        if str(error) and _speaks():
-            print(f"hf-prune: {error}", file=sys.stderr)
+        _complain(error)
         return 2
     except KeyboardInterrupt:
         if verbose:
             traceback.print_exc()
-        print("\nhf-prune: stopped. Nothing was written to the output folder.", file=sys.stderr)
+        _complain("stopped; no output folder was written.")
         return 130
+    except BrokenPipeError:  # `hf-prune ... | head`: the reader has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it at exit
+        return 141
 
 
-def _speaks() -> bool:
-    """Whether this process is the one that prints: rank 0, also before any process group exists."""
-    return os.environ.get("RANK", "0") == "0"
+class _Told(ValueError):
+    """Raised on the other ranks for what rank 0 says."""
+
+
+def _complain(error: object) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    grouped = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+    if rank == 0:
+        print(f"hf-prune: {error}", file=sys.stderr)
+    elif grouped and not isinstance(error, _Told):  # before there is a group, all ranks make the same mistake
+        print(f"hf-prune (rank {rank}): {error}", file=sys.stderr)
 
 
 def run(args: Mapping[str, Any], words: Sequence[str]) -> int:
     """The main command. args: what was typed. words: the command line, for the card."""
-    from . import checkpoint, plan, recipe, report
+    from . import card, checkpoint, plan, report
+    from .recipe import to_yaml
 
-    run = settle(args)
-    say = print if _speaks() and not args.get("quiet") else _silent
-    state = _state(run.device)
-    device = _device(run.device, state)
-    folder = Path(args.get("output_dir") or default_folder(args["model"], run))
+    chosen = settle(args)
+    folder = Path(args.get("output_dir") or default_folder(args["model"], str(chosen.recipe.pattern())))
+    overwrite, source = bool(args.get("overwrite")), args["model"]
 
     def check_folder() -> None:
-        checkpoint.clean(folder)
-        checkpoint.refuse_existing(folder, overwrite=bool(args.get("overwrite")), source=args["model"])
+        checkpoint.refuse_existing(folder, overwrite=overwrite, source=source)
         checkpoint.refuse_unwritable(folder)
 
+    _hush(verbose=bool(args.get("verbose")))
+    state = process_state(chosen.device)
+    say = Talk(quiet=bool(args.get("quiet")) or not state.is_main_process)
     if not args.get("dry_run"):
-        _on_main(state, check_folder)
-    _hush(args)
-    loaded = _load(args, run, device)
-    engine = _with_names(run, loaded)
-    from . import prune
+        on_main(state, check_folder)
+    from .loop import plan as make_plan
+    from .loop import prune as prune_model
 
-    planned = prune.plan(loaded.module, _probe(loaded), engine)
+    say.stage(f"loading {source}")
+    loaded = _load(args, chosen, pick_device(chosen.device, state))
+    say.notes(loaded.notes)
+    engine = _with_names(chosen, loaded)
+    planned = make_plan(loaded.module, _probe(loaded), engine)
     say(plan.text(planned))
-    say(plan.output(loaded.bytes()))
-    plan.refuse_empty(planned)
-    _on_main(state, lambda: checkpoint.refuse_full_disk(folder, loaded.bytes()))
+    stored = output_bytes(loaded)
+    say(plan.output(stored))
     if args.get("dry_run"):
         say("Dry run: nothing was pruned and nothing was written.")
         return 0
+    on_main(state, lambda: checkpoint.refuse_full_disk(folder, stored))
+
+    say.stage(f"opening {chosen.dataset}")
+    calibration = _images(chosen, args, state)
+    judged = _eval_images(chosen, args, calibration, state, say)
+    if judged is not None:
+        _refuse_labels(judged, loaded)  # now, and not after the work
+    dense = dataclasses.replace(loaded, module=copy.deepcopy(loaded.module)) if judged is not None else None
+    with _memory(chosen), Progress(say) as progress:
+        result = prune_model(loaded.module, _batches(calibration, loaded, chosen), engine, progress=progress)
+    say.notes([*calibration.notes, *result.notes])
+    evaluation = None
+    if judged is not None and dense is not None:
+        with _memory(chosen), Progress(say) as progress:
+            evaluation = _evaluate(dense, loaded, judged, chosen, progress.images)
+        say.notes(evaluation["notes"])
+
+    def write() -> None:
+        told = report.compose(
+            loaded,
+            chosen,
+            result,
+            calibration=_where(calibration, chosen) | {"samples": samples, "skipped": skipped},
+            evaluation=evaluation and evaluation | _where(judged, chosen),
+            command=spoken(words),
+        )
+        text = card.render(told, name=folder.resolve().name)
+        try:
+            checkpoint.write(folder, loaded, told, text, recipe=to_yaml(chosen), overwrite=overwrite)
+        except OSError as error:
+            raise ValueError(f"{folder} could not be written: {error.strerror or error}.") from error
+        say("\n" + report.summary(told, folder, checkpoint.weight_bytes(folder)))
+
+    samples, skipped = _counts(calibration)
+    on_main(state, write)
     return 0
+
+
+# ------------------------------------------------------------------------------------------------- what was asked for
+def settle(args: Mapping[str, Any]) -> Run:
+    """The run that recipe and flags decide. Raises one ValueError with everything that is wrong with them."""
+    from . import recipe
+
+    of_the_command = set(recipe.COMMAND_ONLY)
+    flags = {key: value for key, value in args.items() if key not in of_the_command}
+    wrong = []
+    for one, other in (("overwrite", "resume"), ("quiet", "verbose"), ("dry_run", "resume"), ("dry_run", "overwrite")):
+        if args.get(one) and args.get(other):
+            pair = [f"--{key.replace('_', '-')}" for key in (one, other)]
+            wrong.append(f"{pair[0]} and {pair[1]} contradict each other: give one of them.")
+    if args.get("resume"):
+        wrong.append("--resume: this version keeps no unfinished runs; start again without it.")
+    return recipe.resolve(args.get("recipe", recipe.DEFAULT), flags=flags, sets=args.get("set", ()), also=wrong)
+
+
+def default_folder(model: str, pattern: str) -> str:
+    """google/vit-base with 2:4 -> vit-base-2of4, in the working directory."""
+    from .card import slug
+
+    name = Path(model).resolve().name if Path(model).exists() else model.rstrip("/").rpartition("/")[2]
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('-.') or 'model'}-{slug(pattern)}"
+
+
+def spoken(words: Sequence[str]) -> str:
+    """The command line to print and to keep: as typed, without the token."""
+    kept, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word == "--token":
+            skip = True
+        elif not word.startswith("--token="):
+            kept.append(word)
+    return shlex.join(["hf-prune", *kept])
+
+
+# -------------------------------------------------------------------------------------------- processes and devices
+def process_state(device: str | None) -> PartialState:
+    """accelerate's view of this process: rank, device, process group (gloo on a CPU).
+
+    Raises ValueError when the launcher started several processes and they do not see each other: each would prune
+    the whole model for itself and all would write the same folder.
+    """
+    import torch
+    from accelerate import PartialState
+
+    wanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    cpu = wanted or device == "cpu" or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu)
+    announced = int(os.environ.get("WORLD_SIZE", "1"))
+    if announced != state.num_processes:
+        raise ValueError(
+            f"the launcher announces {announced} processes (WORLD_SIZE), but accelerate sees {state.num_processes}: "
+            f"they would work side by side without knowing of each other. Start them with "
+            f"`torchrun --nproc_per_node {announced} -m hf_prune ...` or "
+            f"`accelerate launch --multi_gpu --num_processes {announced} -m hf_prune ...`."
+        )
+    return state
+
+
+def pick_device(device: str | None, state: PartialState) -> torch.device:
+    """The device to work on: the one asked for, else the one accelerate gives this rank.
+
+    Raises ValueError when it is not there.
+    """
+    import torch
+
+    if device is None:
+        return state.device
+    chosen = torch.device(device)
+    if state.num_processes > 1 and chosen.type == state.device.type:
+        if chosen.index is not None:
+            raise ValueError(
+                f"--device {device}: {state.num_processes} processes need a device each; leave out the number."
+            )
+        return state.device
+    try:
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three, by build and backend
+        there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        found = f"{there} ({torch.accelerator.device_count()}) and cpu" if there else "cpu only"
+        raise ValueError(f"--device {device} is not available here; this machine has {found}.") from error
+    return chosen
+
+
+def on_main(state: PartialState, work: Callable[[], None]) -> None:
+    """Do something on rank 0 alone; if it raises ValueError there, every rank does, so that none is left waiting."""
+    if state.num_processes == 1:
+        work()
+        return
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[str | None] = [None]
+    cause: ValueError | None = None
+    if state.is_main_process:
+        try:
+            work()
+        except ValueError as error:
+            outcome, cause = [str(error)], error
+    broadcast_object_list(outcome)
+    if cause is not None:
+        raise cause
+    if outcome[0] is not None:
+        raise _Told(outcome[0])
+
+
+@contextlib.contextmanager
+def _memory(chosen: Run) -> Iterator[None]:
+    """Say what to do when the device is full."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"the device ran out of memory with --batch-size {chosen.recipe.batch_size}: halve it, or use --device cpu."
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------- model and images
+def _load(args: Mapping[str, Any], chosen: Run, device: torch.device) -> Loaded:
+    from . import models
+
+    return models.load(
+        args["model"],
+        revision=args.get("revision"),
+        token=args.get("token"),
+        trust_remote_code=bool(args.get("trust_remote_code")),
+        dtype=chosen.dtype,
+        device=device,
+    )
+
+
+def _with_names(chosen: Run, loaded: Loaded) -> Recipe:
+    """The engine's recipe with the user's name patterns turned into the parameter names they mean."""
+    from .plan import expand
+
+    if not chosen.recipe.skip and not chosen.recipe.only:
+        return chosen.recipe
+    disk = loaded.checkpoint_names()
+    # biases and norms are never pruned: a pattern that matches nothing else is a mistake
+    names = {name: disk[name] for name, p in loaded.module.named_parameters() if p.dim() >= 2}
+    only = expand(chosen.recipe.only, names, flag="--only")
+    skip = expand(chosen.recipe.skip, names, flag="--skip")
+    if only and not set(only) - set(skip):
+        raise ValueError("--skip leaves nothing of what --only chose; remove one of them.")
+    return dataclasses.replace(chosen.recipe, only=only, skip=skip)
+
+
+def _probe(loaded: Loaded) -> Any:
+    """Two images of noise through the model's own preprocessing: enough to watch a forward before data is opened."""
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
+    return loaded.batch(loaded.processor([Image.fromarray(each) for each in noise]))
+
+
+def output_bytes(loaded: Loaded) -> int:
+    """Bytes of the weights that `loaded.save` writes, up to the file header."""
+    tensors = {t.data_ptr(): t for t in loaded.stored_state().values()}  # a tied tensor is stored once
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _images(chosen: Run, args: Mapping[str, Any], state: PartialState) -> ImageSet:
+    from . import calibration
+
+    return calibration.images(
+        chosen.dataset,
+        config=chosen.config,
+        split=chosen.split,
+        image_column=chosen.image_column,
+        label_column=chosen.label_column,
+        samples=chosen.recipe.samples,
+        seed=chosen.recipe.seed,
+        token=args.get("token"),
+        rank=state.process_index,
+        world_size=state.num_processes,
+    )
+
+
+def _eval_images(
+    chosen: Run, args: Mapping[str, Any], calibration: ImageSet, state: PartialState, say: Talk
+) -> ImageSet | None:
+    """The images to measure on; None with --no-eval, and where the calibration dataset has no second split."""
+    from .calibration import images
+
+    if chosen.no_eval:
+        return None
+    same = chosen.eval_dataset is None or chosen.eval_dataset == chosen.dataset
+    split = chosen.eval_split or (calibration.default_eval_split if same else None)
+    if same and split is None:
+        say.notes(
+            [
+                f"not evaluated: {chosen.dataset} has only the split {calibration.split}, which calibrates; "
+                f"give --eval-dataset, or --eval-split to name one."
+            ]
+        )
+        return None
+    found = images(
+        chosen.eval_dataset or chosen.dataset,
+        config=chosen.config if same else None,
+        split=split,
+        image_column=chosen.image_column if same else None,
+        label_column=chosen.label_column if same else None,
+        samples=chosen.eval_samples,
+        seed=chosen.recipe.seed,
+        token=args.get("token"),
+        rank=state.process_index,
+        world_size=state.num_processes,
+    )
+    if same and found.split == calibration.split:
+        say.notes([f"evaluated on the split that calibrates ({found.split}): the figures flatter the pruned model."])
+    return found
+
+
+def _refuse_labels(judged: ImageSet, loaded: Loaded) -> None:
+    from .labels import match
+
+    if judged.label_column is not None and loaded.has_logits:
+        match(judged.label_names, loaded.labels, loaded.num_classes)
+
+
+def _batches(calibration: ImageSet, loaded: Loaded, chosen: Run) -> list[Any]:
+    """The calibration batches. Raises ValueError where there are too few images to learn from."""
+    from . import ranks
+    from .calibration import batches
+
+    made = list(batches(calibration, loaded, chosen.recipe.batch_size))
+    if ranks.agree(calibration.yielded) < 2:
+        raise ValueError(f"--dataset {chosen.dataset} gave one usable image; calibration needs at least 2.")
+    return made
+
+
+def _counts(calibration: ImageSet) -> tuple[int, int]:
+    """(images used, images skipped) over all ranks."""
+    from . import ranks
+
+    return int(ranks.agree(calibration.yielded)), int(ranks.agree(calibration.skipped))
+
+
+def _evaluate(
+    dense: Loaded, pruned: Loaded, judged: ImageSet, chosen: Run, progress: Callable[[int, int | None], None]
+) -> dict[str, Any]:
+    from . import ranks
+    from .evaluation import evaluate
+
+    return evaluate(dense, pruned, judged, batch_size=chosen.recipe.batch_size, progress=progress, gather=ranks.gather)
+
+
+def _where(images: ImageSet | None, chosen: Run) -> dict[str, Any]:
+    """Where images came from, as hf_prune.json says it."""
+    if images is None:
+        return {}
+    config = chosen.config if images.dataset == chosen.dataset else None
+    return {
+        "dataset": images.dataset,
+        "hub": not Path(images.dataset).expanduser().exists(),
+        "config": config,
+        "split": images.split,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ what is said
+def _hush(verbose: bool) -> None:
+    """Keep the libraries' own chatter off the terminal; --verbose shows it."""
+    if verbose:
+        return
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    for name in ("transformers", "timm", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class Talk:
+    """What the command says: results on stdout, what passes by on stderr; nothing at all when quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+
+    def __call__(self, text: str) -> None:
+        if not self.quiet:
+            print(text, flush=True)
+
+    def notes(self, notes: Iterable[str]) -> None:
+        for note in notes:
+            self.aside(f"note: {note}")
+
+    def stage(self, text: str) -> None:
+        self.aside(f"{text} ...")
+
+    def aside(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Draws what the engine tells (dict events) and the count of evaluated images: a bar on a terminal, else lines."""
+
+    def __init__(self, say: Talk) -> None:
+        self.say = say
+        self.bar: Any = None
+        self.terminal = sys.stderr.isatty()
+        self.began = time.monotonic()
+        self.last = 0.0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        if self.say.quiet:
+            return
+        kind = event["event"]
+        if kind == "start":
+            self._open(event["layers"], "pruning")
+        elif kind == "layer":
+            self._layer(event)
+        elif kind == "warn":
+            self._line(f"warning: {event['text']}")
+        elif kind == "stage":
+            if self.bar is not None:
+                self.bar.set_description_str(_ended(event["text"], 34))
+            else:
+                self._line(event["text"])
+
+    def images(self, done: int, expected: int | None) -> None:
+        """Called by the evaluation: images done, images expected if that is known."""
+        if self.say.quiet:
+            return
+        if self.terminal:
+            if self.bar is None:
+                self._open(expected, "evaluating")
+            self.bar.update(done - self.bar.n)
+        elif done == expected or time.monotonic() - self.last > 30:
+            self.last = time.monotonic()
+            self.say.aside(f"evaluated {done} images" if expected is None else f"evaluated {done} of {expected} images")
+
+    def _open(self, total: int | None, what: str) -> None:
+        self.began = time.monotonic()
+        if self.terminal:
+            from tqdm import tqdm
+
+            form = "{desc:<34} {bar} {n_fmt}/{total_fmt} {remaining}{postfix}" if total else None
+            self.bar = tqdm(total=total, desc=what, bar_format=form, dynamic_ncols=True, file=sys.stderr)
+
+    def _layer(self, event: Mapping[str, Any]) -> None:
+        before, after = event.get("error_before"), event.get("error_after")
+        error = f"error {before:.3f} -> {after:.3f}" if before is not None and after is not None else ""
+        if self.bar is not None:
+            self.bar.set_description_str(_ended(event["name"], 34), refresh=False)
+            self.bar.set_postfix_str(error, refresh=False)
+            self.bar.update()
+            return
+        index, total = event["index"], event["layers"]
+        left = (time.monotonic() - self.began) / index * (total - index)
+        width = len(str(total))
+        self._line(f"{index:>{width}}/{total}  {_ended(event['name'], 38):<38} {error:<22} {_clock(left):>6} left")
+
+    def _line(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            self.say.aside(text.rstrip())
+
+
+def _ended(text: str, width: int) -> str:
+    """The end of a name is what tells it apart."""
+    return text if len(text) <= width else "..." + text[3 - width :]
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

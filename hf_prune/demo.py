@@ -103,7 +103,7 @@ def run(words: Sequence[str]) -> int:
     import torch
 
     from . import card, evaluation, models, report
-    from .prune import prune
+    from .loop import prune
 
     # Matrices of 64 columns: a second thread gains nothing, and on a busy machine costs ten times the time.
     torch.set_num_threads(1)

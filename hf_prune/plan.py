@@ -1,13 +1,12 @@
 """What will be pruned, said before it happens: which names a `--skip` or `--only` means, and the plan as text.
 
-The plan itself (one dry run of the model) comes from prune.py; this file puts it into words of at most 80 columns.
+The plan itself (one dry run of the model) comes from loop.py; this file puts it into words of at most 80 columns.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 from .checkpoint import size
 
 if TYPE_CHECKING:
-    from .prune import Plan, Row
+    from .loop import Plan, Row
 
 WIDTH = 80
 
@@ -76,17 +75,6 @@ def totals(plan: Plan) -> dict[str, int]:
     }
 
 
-def refuse_empty(plan: Plan) -> None:
-    """Raise ValueError when nothing would be pruned, with the reasons."""
-    if any(row.pattern for row in plan.rows):
-        return
-    if not plan.rows:
-        raise ValueError("the model has no weight that can be pruned.")
-    reasons = Counter(row.reason or "no reason was given" for row in plan.rows)
-    said = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(4))
-    raise ValueError(f"nothing to prune: all {len(plan.rows)} weights stay dense ({said}).")
-
-
 def text(plan: Plan, *, width: int = WIDTH) -> str:
     """Every weight with its shape and pattern, or the reason why it stays dense, and the totals.
 
@@ -114,15 +102,19 @@ def summary(plan: Plan, *, width: int = WIDTH) -> list[str]:
     share = 100 * count["prunable"] / count["parameters"] if count["parameters"] else 0.0
     blocks = f"{len(plan.blocks)} blocks" if len(plan.blocks) != 1 else "1 block"
     said = (
-        f"{count['pruned']} weights in {blocks} get pruned, {count['dense']} stay dense: {_millions(count['prunable'])} "
-        f"of {_millions(count['parameters'])} weight entries ({share:.1f} %) are under the pattern."
+        f"{count['pruned']} weights in {blocks} get pruned, {count['dense']} stay dense: "
+        f"{_millions(count['prunable'])} of {_millions(count['parameters'])} weight entries ({share:.1f} %) "
+        f"are under the pattern."
     )
     return _wrapped(said, width)
 
 
 def output(count: int) -> str:
-    """One line about the bytes of the output; 2:4 and its kin are stored dense, so pruning changes no size."""
-    return f"The folder will hold {size(count)} of weights: zeros are stored, a pruned file is as large as a dense one."
+    """About the bytes of the output: every pattern is stored dense, so pruning changes no size."""
+    said = (
+        f"The folder will hold {size(count)} of weights: zeros are stored, so a pruned file is as large as a dense one."
+    )
+    return "\n".join(_wrapped(said, WIDTH))
 
 
 def _shape(row: Row) -> str:

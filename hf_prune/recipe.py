@@ -5,7 +5,7 @@
 Order, the later wins: the recipe, `--set key=value`, the flags. Everything that is unknown, out of range or
 contradictory is reported in one ValueError before anything is downloaded or loaded.
 
-`resolve` gives the whole run of the command; `load` gives the engine's part alone, for `hf_prune.prune(model, batches)`.
+`resolve` gives the whole run of the command; `load` the engine's part alone, for `hf_prune.prune(model, batches)`.
 `dump` writes a resolved run as the mapping that `resolve` reads back to an equal run.
 """
 
@@ -24,17 +24,18 @@ import yaml
 from . import assets
 
 if TYPE_CHECKING:
-    from .prune import Recipe
+    from .loop import Recipe
 
 DEFAULT = "snows"
 # Public, ungated, photographs of 100 of the ImageNet-1k classes, with a validation split.
 DATASET = "timm/mini-imagenet"
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 SCOPES = ("layer", "row", "model")
 
 # Of one invocation, not of a run: a recipe that came from elsewhere must not decide about code, secrets or folders.
 COMMAND_ONLY = (
-    "model recipe set revision token trust_remote_code output_dir dry_run resume overwrite quiet verbose version".split()
+    *("model", "recipe", "set", "revision", "token", "trust_remote_code", "output_dir"),
+    *("dry_run", "resume", "overwrite", "quiet", "verbose", "version"),
 )
 ROLES = ("mask", "solve", "refine")  # keys that name a method of hf_prune/methods and its options
 
@@ -52,7 +53,7 @@ class Run:
     no_eval: bool = False
     eval_dataset: str | None = None
     eval_split: str | None = None
-    eval_samples: int | None = None
+    eval_samples: int = 1000
     device: str | None = None
     dtype: str | None = None
 
@@ -167,7 +168,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), list("-+0123456789"))
@@ -218,16 +221,18 @@ def resolve(
     *,
     flags: Mapping[str, Any] | None = None,
     sets: Iterable[str] = (),
+    also: Iterable[str] = (),
 ) -> Run:
     """The run that a recipe, `--set` pairs and flags decide together.
 
     flags: keys of the recipe with the values typed by the user; a key that was not typed must be absent.
     sets: texts `key=value`, dotted keys reach into a mapping, values are YAML.
+    also: what the caller found wrong already, to be said together with the rest.
     Raises one ValueError that lists every problem, each with the nearest valid names.
     """
-    from .prune import Recipe
+    from .loop import Recipe
 
-    problems: list[str] = []
+    problems = list(also)
     try:
         base = read(source)
     except ValueError as error:
@@ -286,7 +291,7 @@ def load(source: str | Path | Mapping[str, Any] | Recipe = DEFAULT, **overrides:
     Raises one ValueError that lists every problem. Keys that only the command reads (`dataset`, ...) do nothing here,
     so an override of one is an error; in a recipe file they are passed over.
     """
-    from .prune import Recipe
+    from .loop import Recipe
 
     useless = [key for key in overrides if key in RUN_KEYS]
     if useless:
@@ -301,8 +306,9 @@ def dump(run: Run) -> dict[str, Any]:
     out = _engine_mapping(run.recipe)
     for key in RUN_KEYS:
         value = getattr(run, key)
-        if value is not None and value is not False:
-            out[key] = value
+        if value is None or value is False or (run.no_eval and key in EVAL_KEYS):
+            continue
+        out[key] = value
     return out
 
 
@@ -321,14 +327,14 @@ def _engine_mapping(recipe: Recipe) -> dict[str, Any]:
             continue
         if field.name == "description" and not value:
             continue
-        out[field.name] = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
+        out[field.name] = (
+            list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
+        )
     return out
 
 
 # --------------------------------------------------------------------------------------------------------- the steps
-def _typed(
-    flags: Mapping[str, Any], sets: Iterable[str], problems: list[str]
-) -> tuple[dict[str, Any], dict[str, str]]:
+def _typed(flags: Mapping[str, Any], sets: Iterable[str], problems: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Flags and --set pairs as one mapping (nested for dotted keys), and how the user wrote each key."""
     typed: dict[str, Any] = {}
     origin: dict[str, str] = {}
@@ -395,7 +401,11 @@ def _put(merged: dict[str, Any], key: str, value: Any) -> None:
         if isinstance(value, str):
             value = None if value == "none" else {"method": value}
         old = merged.get(key, _default(key))
-        if isinstance(value, Mapping) and isinstance(old, Mapping) and value.get("method", old["method"]) == old["method"]:
+        if (
+            isinstance(value, Mapping)
+            and isinstance(old, Mapping)
+            and value.get("method", old["method"]) == old["method"]
+        ):
             value = {**old, **value}
         merged[key] = dict(value) if isinstance(value, Mapping) else value
     elif key == "target" and isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
@@ -410,7 +420,7 @@ def _put(merged: dict[str, Any], key: str, value: Any) -> None:
 
 def _default(role: str) -> Any:
     """The method that the engine takes for a role when the recipe names none."""
-    from .prune import Recipe
+    from .loop import Recipe
 
     made = next(field.default_factory for field in fields(Recipe) if field.name == role)
     return made() if callable(made) else None

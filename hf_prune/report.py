@@ -16,10 +16,11 @@ from .checkpoint import size
 
 if TYPE_CHECKING:
     from .models import Loaded
-    from .prune import Report
+    from .loop import Report
 
-PACKAGES = "hf-prune torch torchvision transformers timm datasets accelerate evaluate safetensors huggingface_hub".split()
-BAR = 80
+PACKAGES = (
+    "hf-prune torch torchvision transformers timm datasets accelerate evaluate safetensors huggingface_hub".split()
+)
 
 
 def compose(
@@ -37,23 +38,25 @@ def compose(
     command: as typed, without secrets (`spoken`), None when called from Python.
     """
     disk = loaded.checkpoint_names()
+    shapes = {name: list(parameter.shape) for name, parameter in loaded.module.named_parameters()}
     layers = []
     for layer in result.layers:
         name, bracket, rows = layer["name"].partition("[")
         # rows of one parameter (a fused qkv) are layers of their own; the disk knows the parameter
-        layers.append({**layer, "checkpoint_name": disk.get(name, name) + bracket + rows})
+        on_disk = disk.get(name, name) + bracket + rows
+        layers.append({**layer, "checkpoint_name": on_disk, "shape": shapes.get(layer["name"], layer["shape"])})
     return {
         "schema_version": schema.VERSION,
         "recipe": recipes.dump(run),
         "model": {
             "source": loaded.source,
-            "hub": not Path(loaded.source).exists(),
+            "hub": not loaded.origin.local,
             "revision": loaded.revision,
             "library": loaded.library,
             "architecture": type(loaded.module).__name__,
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "license": loaded.license,
-            "classes": len(loaded.labels) if loaded.labels else None,
+            "classes": loaded.num_classes,
             "parameters": sum(p.numel() for p in loaded.module.parameters()),
         },
         "pattern": str(run.recipe.pattern()),
@@ -63,9 +66,19 @@ def compose(
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "layers": layers,
         "calibration": dict(calibration),
-        "evaluation": None if evaluation is None else dict(evaluation),
+        "evaluation": None if evaluation is None else _told(evaluation, loaded.num_classes),
         "resources": dict(result.resources),
     }
+
+
+def _told(evaluation: Mapping[str, Any], classes: int | None) -> dict[str, Any]:
+    """The evaluation without the top-5 accuracy of a model that has no sixth class to be wrong with."""
+    found = dict(evaluation)
+    if classes is not None and classes <= 5:
+        for side in ("dense", "pruned"):
+            if found.get(side):
+                found[side] = found[side] | {"top5": None, "top5_interval": None}
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -92,30 +105,37 @@ def summary(report: Mapping[str, Any], folder: str | Path, stored: int) -> str:
         "",
     ]
     lines += _scores(report["evaluation"])
-    lines += [f"{folder}  ({size(stored)}, {duration(report['resources']['seconds'])} of pruning)"]
+    lines.append(f"{folder}/  {size(stored)} of weights, {duration(report['resources']['seconds'])} of pruning")
     return "\n".join(lines)
 
 
 def _scores(evaluation: Mapping[str, Any] | None) -> list[str]:
+    """A table of what was measured; 80 columns at most."""
     if evaluation is None:
-        return ["not evaluated (--no-eval)", ""]
+        return ["Not evaluated.", ""]
     lines = []
     dense, pruned = evaluation.get("dense"), evaluation.get("pruned")
     if dense and pruned:
-        lines.append(f"{'':<24}{'dense':>22}{'pruned':>22}")
-        for key, words in (("top1", "top-1"), ("top5", "top-5")):
+        lines.append(_row("", "dense", "pruned"))
+        for key, words in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy")):
             if dense.get(key) is not None and pruned.get(key) is not None:
-                lines.append(f"{words:<24}{_score(dense, key):>22}{_score(pruned, key):>22}")
+                lines.append(_row(words, _share(dense, key), _share(pruned, key)))
     if evaluation.get("agreement") is not None:
-        lines.append(f"{'agrees with dense':<24}{'':>22}{_score(evaluation, 'agreement'):>22}")
-    if evaluation.get("logit_error") is not None:
-        what = "relative logit error" if dense else "representation error"
-        lines.append(f"{what:<24}{'':>22}{evaluation['logit_error']:>22.4f}")
+        lines.append(_row("same first answer", "", _share(evaluation, "agreement")))
+    for key, words in (("logit_error", "relative logit error"), ("representation_error", "representation error")):
+        if evaluation.get(key) is not None:
+            interval = evaluation.get(f"{key}_interval")
+            around = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+            lines.append(_row(words, "", f"{evaluation[key]:.3f}{around}"))
     lines += [f"on {evaluation['samples']} images; in brackets the 95 % interval", ""]
     return lines
 
 
-def _score(scores: Mapping[str, Any], key: str) -> str:
+def _row(words: str, dense: str, pruned: str) -> str:
+    return f"{words:<22}{dense:>26}{pruned:>26}".rstrip()
+
+
+def _share(scores: Mapping[str, Any], key: str) -> str:
     interval = scores.get(f"{key}_interval")
     around = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
     return f"{100 * scores[key]:.1f} %{around}"

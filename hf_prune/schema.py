@@ -54,7 +54,10 @@ TOP: Keys = {
     "model": (_mapping, "a mapping"),
     "pattern": (_text, 'the pattern in words, for example "2:4"'),
     "seed": (_count, "a whole number"),
-    "versions": (lambda value: _mapping(value) and all(_text(v) for v in value.values()), "a mapping of name to version"),
+    "versions": (
+        lambda value: _mapping(value) and all(_text(v) for v in value.values()),
+        "a mapping of name to version",
+    ),
     "command": (_or_none(_text), "the command line as text, or null"),
     "created": (_text, "a time as text (ISO 8601, UTC)"),
     "layers": (_list, "a list"),
@@ -90,7 +93,7 @@ CALIBRATION: Keys = {
 }
 EVALUATION: Keys = {
     "samples": (_count, "a whole number"),
-    "logit_error": (_or_none(_number), "a number"),
+    "logit_error": (_or_none(_number), "a number, or null for a bare backbone"),
 }
 RESOURCES: Keys = {
     "seconds": (_number, "a number"),

@@ -72,7 +72,9 @@ def test_nm_is_dumped_in_a_form_that_other_yaml_readers_take_as_text() -> None:
 
 
 def test_yaml_means_what_people_mean(tmp_path: Path) -> None:
-    path = write(tmp_path, "nm: 2:4\nmask: {method: obs, ridge: 1e-3}\nsolve: {method: least_squares, tolerance: 1E-4}\n")
+    path = write(
+        tmp_path, "nm: 2:4\nmask: {method: obs, ridge: 1e-3}\nsolve: {method: least_squares, tolerance: 1E-4}\n"
+    )
     found = resolve(path).recipe
     assert found.nm == "2:4"
     assert found.mask["ridge"] == 0.001
@@ -230,7 +232,7 @@ def test_a_file_of_a_shipped_name_is_reached_by_its_path(tmp_path: Path, monkeyp
     assert "what to keep" in message("snows")
 
 
-# ---------------------------------------------------------------------------------------------------- for Python callers
+# ------------------------------------------------------------------------------------------------- for Python callers
 def test_load_takes_names_paths_mappings_and_recipes(tmp_path: Path) -> None:
     first = recipe.load("snows", nm="2:4")
     assert recipe.load(first) == first
