@@ -6,6 +6,7 @@ Broken images are skipped and counted by reason. Labels are carried along where 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import warnings
@@ -331,10 +332,12 @@ def _builder(dataset: str, config: str | None, token: str | None, revision: str 
                     f"{', '.join(FILE_KINDS)}."
                 )
             split = "train"  # what datasets calls the one split of a file
-            return datasets.load_dataset_builder(kind, data_files={split: [str(path)]}), True
+            with _no_counting():
+                return datasets.load_dataset_builder(kind, data_files={split: [str(path)]}), True
         if not local and re.match(r"[./~\\]|[A-Za-z]:\\", dataset):
             raise ValueError(f"--dataset {dataset}: there is no such file or folder.")
-        return datasets.load_dataset_builder(str(path) if local else dataset, **options), local
+        with _no_counting() if local else contextlib.nullcontext():
+            return datasets.load_dataset_builder(str(path) if local else dataset, **options), local
     except DatasetNotFoundError as error:
         gated = " is gated: accept its terms on its page, then log in (hf auth login) or pass --token."
         missing = (
@@ -469,6 +472,19 @@ def _base(split: str) -> str:
 def _short(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= 300 else text[:300] + "...").rstrip(".")
+
+
+@contextlib.contextmanager
+def _no_counting() -> Iterator[None]:
+    """datasets reports every opened dataset to a download counter, local files too; local data needs no network."""
+    import datasets
+
+    before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
 class _quiet_bars:

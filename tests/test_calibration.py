@@ -1,6 +1,7 @@
 """Images from datasets of every kind, and everything that can be wrong with them."""
 
 import io
+import socket
 import tarfile
 from pathlib import Path
 
@@ -125,6 +126,25 @@ def test_parquet_file_and_folder(tmp_path: Path) -> None:
         assert sorted(numbers(found)) == [0, 1, 2, 3] and found.label_names == ["a", "b"]
         assert sorted(str(label) for _, label in found) == ["0", "0", "1", "None"], "-1 is no label"
         assert found.available_splits == ["train"] and found.default_eval_split is None
+
+
+def test_local_data_needs_no_network(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    tried: list[str] = []
+
+    def refuse(*args: object, **_: object) -> None:
+        tried.append(str(args))
+        raise OSError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    file = parquet(tmp_path / "x.parquet", {"image": pictures(3)}, {"image": datasets.Image()})
+    assert len(list(images(str(file)))) == 3 and len(list(images(str(folder), samples=3))) == 3
+    assert tried == [] and datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
 
 
 def test_webdataset(tmp_path: Path) -> None:
