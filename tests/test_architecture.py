@@ -106,7 +106,7 @@ def test_rooms_are_flat() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "fault"),
     [
-        ("pattern", "from hf_prune import prune", "MODEL"),
+        ("pattern", "from hf_prune import loop", "MODEL"),
         ("pattern", "from . import prune", "MODEL"),
         ("pattern", "from .loop import Report", "MODEL"),
         ("methods.obs", "from ..recipe import load", "EDGE"),
