@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from .pattern import Pattern
     from .loop import Recipe, Report
+    from .pattern import Pattern
 
 __version__ = "0.1.0"
 __all__ = ["Pattern", "Recipe", "Report", "prune", "__version__"]

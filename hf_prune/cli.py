@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from .calibration import ImageSet
-    from .models import Loaded
     from .loop import Recipe
+    from .models import Loaded
     from .recipe import Run
 
 # First words that are commands of their own, and the module whose `run(arguments)` they call. A model folder of the

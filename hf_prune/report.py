@@ -15,8 +15,8 @@ from .card import duration
 from .checkpoint import size
 
 if TYPE_CHECKING:
-    from .models import Loaded
     from .loop import Report
+    from .models import Loaded
 
 PACKAGES = (
     "hf-prune torch torchvision transformers timm datasets accelerate evaluate safetensors huggingface_hub".split()
