@@ -10,7 +10,7 @@ OFFLINE   := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)          ## prune the embedded model, offline, in less than a minute
-	$(VENV)/bin/hf-prune demo
+	$(VENV)/bin/hf-prune demo --output-dir out/demo-1of4 --overwrite
 
 test: lint                  ## lint, then every test
 	$(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
