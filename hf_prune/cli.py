@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import difflib
 import importlib
 import os
 import re
@@ -44,8 +45,14 @@ A recipe (--recipe FILE) holds the same keys as these flags; flags win.
 
 
 class _Parser(argparse.ArgumentParser):
+    """One line for a mistake, with the nearest flag; no usage text above it."""
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"hf-prune: {message}\nTry hf-prune --help.\n")
+        known = [flag for action in self._actions for flag in action.option_strings]
+        typed = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        near = [found for word in typed for found in difflib.get_close_matches(word, known, n=1)]
+        hint = f" Did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
+        self.exit(2, f"hf-prune: {message}.{hint}\nTry hf-prune --help.\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -420,20 +427,26 @@ def output_bytes(loaded: Loaded) -> int:
 
 
 def _images(chosen: Run, args: Mapping[str, Any], state: PartialState) -> ImageSet:
-    from . import calibration
+    from .calibration import images
+    from .recipe import DATASET
 
-    return calibration.images(
-        chosen.dataset,
-        config=chosen.config,
-        split=chosen.split,
-        image_column=chosen.image_column,
-        label_column=chosen.label_column,
-        samples=chosen.recipe.samples,
-        seed=chosen.recipe.seed,
-        token=args.get("token"),
-        rank=state.process_index,
-        world_size=state.num_processes,
-    )
+    try:
+        return images(
+            chosen.dataset,
+            config=chosen.config,
+            split=chosen.split,
+            image_column=chosen.image_column,
+            label_column=chosen.label_column,
+            samples=chosen.recipe.samples,
+            seed=chosen.recipe.seed,
+            token=args.get("token"),
+            rank=state.process_index,
+            world_size=state.num_processes,
+        )
+    except ValueError as error:
+        if chosen.dataset == DATASET and "dataset" not in args:
+            raise ValueError(f"{error} It is the default; name images of your own with --dataset.") from error
+        raise
 
 
 def _eval_images(

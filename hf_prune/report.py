@@ -100,8 +100,8 @@ def summary(report: Mapping[str, Any], folder: str | Path, stored: int) -> str:
     zeros = 100 * (1 - sum(layer["kept"] for layer in pruned) / total) if total else 0.0
     name = Path(report["model"]["source"].rstrip("/")).name
     lines = [
-        f"{name}, {report['pattern']}: {len(pruned)} weights pruned, {len(layers) - len(pruned)} dense; "
-        f"{zeros:.1f} % of {total:,} entries are zero",
+        f"{name}, {report['pattern']}",
+        f"{len(pruned)} weights pruned, {len(layers) - len(pruned)} dense; {zeros:.1f} % of {total:,} entries are zero",
         "",
     ]
     lines += _scores(report["evaluation"])

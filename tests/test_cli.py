@@ -272,6 +272,37 @@ def test_quiet_says_nothing(home: Path, capfd: pytest.CaptureFixture) -> None:
     assert out == "" and err == ""
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals")
+def test_on_a_terminal_there_is_one_bar(home: Path, tmp_path: Path) -> None:
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+    command = [sys.executable, "-m", "hf_prune", *words(home)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=env, cwd=tmp_path)
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # Linux's way to say that the other side is closed
+            break
+        if not part:
+            break
+        seen += part
+    assert child.wait() == 0, seen.decode()
+    text = seen.decode()
+    drawn = re.findall(r"layers\.1\.mlp\.fc2\.weight +\S* 12/12 [\d:]+, error [\d.]+ -> [\d.]+", text)
+    assert drawn, text
+    assert "evaluating" in text and "15/15" in text
+    bars = [line for line in re.split(r"[\r\n]", text) if "12/12" in line or "15/15" in line]
+    assert max(map(len, bars)) <= 80
+
+
 def test_dry_run_prints_the_plan_needs_no_data_and_writes_nothing(home: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli.main([str(home / "vit"), "--nm", "2:4", "--dry-run", "--dataset", "/nowhere"]) == 0
     out = capsys.readouterr().out
@@ -383,8 +414,8 @@ def test_a_mistake_is_answered_before_anything_is_loaded() -> None:
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        (["m", "--nmm", "2:4"], "unrecognized arguments: --nmm"),
-        (["m", "--sampl", "3"], "unrecognized arguments: --sampl"),  # no abbreviations: they break when flags are added
+        (["m", "--nmm", "2:4"], "unrecognized arguments: --nmm 2:4. Did you mean --nm?"),
+        (["m", "--sampl", "3"], "Did you mean --samples?"),  # no abbreviations: they break when flags are added
         (["--nm", "2:4"], "MODEL"),
         (["m", "--nm"], "expected one argument"),
     ],
@@ -435,6 +466,11 @@ def data(home: Path, folder: Path, *more: object) -> list[str]:
     argv = words(home, *more)
     argv[argv.index("--dataset") + 1] = str(folder)
     return argv
+
+
+def test_the_default_dataset_out_of_reach(home: Path, capsys: pytest.CaptureFixture) -> None:
+    said = fails(capsys, home / "vit", "--nm", "2:4", "--device", "cpu")
+    assert "timm/mini-imagenet" in said and "It is the default; name images of your own with --dataset." in said
 
 
 def test_datasets_that_cannot_be_used(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
