@@ -6,15 +6,17 @@ import resource
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import methods, ranks, sites, walk
+from . import methods, ranks, resume, sites, walk
 from .collect import Pair, Target, find_junctions, grams, holding
 from .objective import Gram
 from .pattern import Pattern, allocate
+from .window import Window
 
 
 @dataclass(frozen=True)
@@ -153,11 +155,14 @@ def prune(
     recipe: Recipe,
     *,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Report:
     """Prune `model` in place.
 
     model: any nn.Module, its weights in float32 (or float64).  batches: what its forward takes, a tensor or a mapping
     of keyword arguments; of a tuple the first entry is the input.  Labels are never used.
+    checkpoint: a folder; every finished block is kept there, and a later call with the same model, batches and recipe
+    goes on after the last one, to the same result bit for bit.
     Raises ValueError, in one sentence, for everything a user can mend.
     """
     tell = progress or (lambda event: None)
@@ -171,7 +176,7 @@ def prune(
         chosen = choose(model, small, recipe)
         target = Target(**recipe.target)
         tell({"event": "start", "layers": len(chosen.patterns)})
-        layers = run(model, batches, recipe, chosen, target, tell)
+        layers = run(model, batches, recipe, chosen, target, tell, Path(checkpoint) if checkpoint else None)
     done = {entry["name"]: entry for entry in layers}
     rows = [done.get(r.name) or dense_entry(r) for r in chosen.plan.rows]
     images = sum(len(sites._tensors(b)[0]) for b in batches)
@@ -209,81 +214,161 @@ def head_of(batch: Any, n: int) -> Any:
     return torch.utils._pytree.tree_map(lambda t: t[:n] if torch.is_tensor(t) and t.dim() else t, batch)
 
 
-def run(model: nn.Module, batches: list[Any], recipe: Recipe, chosen: Selection, target: Target, tell: Any) -> list[dict]:
+def run(
+    model: nn.Module, batches: list[Any], recipe: Recipe, chosen: Selection, target: Target, tell: Any, folder: Path | None,
+) -> list[dict]:  # fmt: skip
+    """Every unit in turn: prune it, remember it, advance both streams through it."""
     named = sites.parameters(model)
     tensors = {**named, **dict(model.named_buffers())}
     way = walk.Walk(model, chosen.units, chosen.small)
     chosen.plan.walk = way.mode
+    saved = resume.Saved(folder, resume.fingerprint(model, batches, recipe)) if folder else None
     pairs = [Pair(e, e) for e in way.enter(batches)]
     small = way.enter([chosen.small])[0]
     del batches
-    select, solve = recipe.mask, recipe.solve
-    needs = "gram" in (methods.evidence(select["method"]), solve and methods.evidence(solve["method"]))
     dense: dict[str, Tensor] = {}
     report: list[dict] = []
+
+    def done(unit: walk.Unit, entries: list[dict]) -> None:
+        for entry in entries:
+            report.append(entry)
+            tell({"event": "layer", "block": unit.name, "index": len(report), "layers": len(chosen.patterns), **entry})
+
     for i, unit in enumerate(chosen.units):
         if way.mode != "prefix":
             dense.clear()
-        touched = {n for s in unit.sites for n in (s.parameter, s.bias if target.bias else None, s.norm if target.bias else None) if n}
-        dense |= {n: tensors[n].detach().clone() for n in touched}
-        if needs and target.residual:
-            find_junctions(way, unit, small)
-        changed = False
-        for stage in unit.stages:
-            began = time.perf_counter()
-            evidence: list[Gram | None] = [None] * len(stage)
-            if needs:
-                (evidence,) = grams(way, i, stage, pairs, dense, target, changed, [0] * len(pairs))
-            for site, gram in zip(stage, evidence, strict=True):
-                entry = layer(site, named, tensors, chosen.patterns[site.name], gram, recipe, target)
-                entry["seconds"] = time.perf_counter() - began
-                began = time.perf_counter()
-                report.append(entry)
-                tell({"event": "layer", "block": unit.name, "index": len(report), "layers": len(chosen.patterns), **entry})
-            changed = True
+        names = [n for s in unit.sites for n in (s.parameter, s.bias, s.norm) if n]
+        dense |= {n: tensors[n].detach().clone() for n in names}
+        entries = saved.restore(unit.name, {n: tensors[n] for n in names}) if saved else None
+        if entries is None:
+            entries = Block(way, i, unit, pairs, small, dense, recipe, target, chosen.patterns).prune(
+                tensors, lambda entry, unit=unit: done(unit, [entry])
+            )
+            if saved and ranks.is_main():
+                saved.add(unit.name, {n: tensors[n] for n in names}, entries)
+        else:
+            done(unit, entries)
         small = way.advance(i, small)
-        if i + 1 < len(chosen.units):
+        if i + 1 < len(chosen.units) and uses_activations(recipe):
+            two = recipe.refine is not None or target.mix > 0
             for pair in pairs:
                 with holding(model, dense):
-                    after = way.advance(i, pair.dense) if target.mix > 0 or recipe.refine else None
+                    after = way.advance(i, pair.dense) if two else None
                 pair.pruned = way.advance(i, pair.pruned)
-                pair.dense = after
+                pair.dense = pair.pruned if after is None else after
     return report
 
 
-def layer(site: sites.Site, named: dict, tensors: dict, pattern: Pattern, gram: Gram | None, recipe: Recipe, target: Target) -> dict:
-    """Select, solve, verify and write one layer; returns its entry of the report."""
-    parameter = named[site.parameter]
-    weight = site.read(parameter)
-    if gram is not None:
-        gram = replace(gram, mix=target.mix, bias=target.bias and (site.bias is not None or site.norm is not None))
-    problem = methods.Problem(weight, pattern, gram)
-    options = {k: v for k, v in recipe.mask.items() if k != "method"}
-    try:
-        draft = methods.function("select", recipe.mask["method"])(problem, **options)
-        new = draft.weight
-        if recipe.solve:
-            options = {k: v for k, v in recipe.solve.items() if k != "method"}
-            new = methods.function("solve", recipe.solve["method"])(problem, draft, **options)
-        new = new * draft.mask
-        pattern.verify(new, site.name)
-    except ValueError as e:
-        raise ValueError(f"{site.name}: {e}" if site.name not in str(e) else str(e)) from e
-    site.write(parameter, new)
-    entry = {
-        "name": site.name, "shape": list(site.shape if site.shape[0] > 1 else site.shape[1:]), "pattern": str(pattern),
-        "kept": int((new != 0).sum()), "total": site.numel, "error_before": None, "error_after": None,
-        "weight_norm_ratio": float(new.norm() / weight.norm()), "seconds": 0.0, "dense_reason": None,
-    }  # fmt: skip
-    if gram is not None:
-        energy = gram.energy().clamp_min(1e-30)
-        entry["error_before"] = float(gram.value(weight * draft.mask) / energy)
-        entry["error_after"] = float(gram.value(new) / energy)
-        if gram.bias and recipe.solve:
+def evidence(recipe: Recipe) -> set[str | None]:
+    roles = (recipe.mask, recipe.solve, recipe.refine)
+    return {methods.evidence(role["method"]) for role in roles if role}
+
+
+def uses_activations(recipe: Recipe) -> bool:
+    return evidence(recipe) != {None}
+
+
+@dataclass
+class Block:
+    """One unit of the walk while it is being pruned."""
+
+    way: walk.Walk
+    index: int
+    unit: walk.Unit
+    pairs: list[Pair]
+    small: Any
+    dense: dict[str, Tensor]
+    recipe: Recipe
+    target: Target
+    patterns: dict[str, Pattern]
+
+    def prune(self, tensors: dict[str, Tensor], done: Callable[[dict], None]) -> list[dict]:
+        gram = "gram" in evidence(self.recipe)
+        masks: dict[str, Tensor] = {}
+        entries: list[dict] = []
+        if gram and self.target.residual:
+            find_junctions(self.way, self.unit, self.small)
+        for n, stage in enumerate(self.unit.stages):
+            began = time.perf_counter()
+            found: list[Gram | None] = [None] * len(stage)
+            if gram:
+                (found,) = grams(self.way, self.index, stage, self.pairs, self.dense, self.target, n > 0, [0] * len(self.pairs))
+            for site, g in zip(stage, found, strict=True):
+                entry, masks[site.name] = self.layer(site, tensors, g)
+                entry["seconds"] = time.perf_counter() - began
+                began = time.perf_counter()
+                entries.append(entry)
+                done(entry)
+        if self.recipe.refine:
+            self.refine(tensors, masks, entries)
+        return entries
+
+    def window(self, sites_: list[sites.Site], options: dict[str, Any]) -> Window:
+        mix = self.target.mix if options.get("mix") is None else options["mix"]
+        return Window(self.way, self.index, sites_, self.pairs, self.dense, options["k"], mix, options["relative"], options["curvature"])
+
+    def refine(self, tensors: dict[str, Tensor], masks: dict[str, Tensor], entries: list[dict]) -> None:
+        """All weights of the unit together, towards the unit's output."""
+        name = self.recipe.refine["method"]
+        options = methods.options("solve", name) | {"k": None} | {k: v for k, v in self.recipe.refine.items() if k != "method"}
+        window = self.window(self.unit.sites, options)
+        before = window.read()
+        mask = torch.cat([masks[s.name].flatten() for s in self.unit.sites])
+        loss = window.value(before)
+        new = methods.function("solve", name)(methods.Problem(before, None, window), methods.Draft(before * mask, mask), **options)
+        better = window.value(new)
+        if not better < loss:
+            new, better = before, loss
+        window.write(new)
+        for site, entry, w in zip(self.unit.sites, entries, new.split([s.numel for s in self.unit.sites]), strict=True):
+            w = w.view(site.shape)
+            self.patterns[site.name].verify(w, site.name)
+            entry["refined"] = {"loss_before": loss, "loss_after": better}
+            entry["weight_norm_ratio"] = float(w.norm() / site.read(self.dense[site.parameter]).norm())
+            entry["kept"] = int((w != 0).sum())
+
+    def layer(self, site: sites.Site, tensors: dict[str, Tensor], gram: Gram | None) -> tuple[dict, Tensor]:
+        """Select, solve, verify and write one weight; returns its entry of the report, and its mask."""
+        recipe, target, pattern, parameter = self.recipe, self.target, self.patterns[site.name], tensors[site.parameter]
+        weight = site.read(parameter)
+        if gram is not None:
+            gram = replace(gram, mix=target.mix, bias=target.bias and (site.bias is not None or site.norm is not None))
+        window = None
+        try:
+            draft = call("select", recipe.mask, methods.Problem(weight, pattern, gram))
+            new = draft.weight
+            if recipe.solve:
+                name, objective = recipe.solve["method"], gram
+                if methods.evidence(name) == "window":
+                    site.write(parameter, draft.weight)
+                    window = objective = self.window([site], methods.options("solve", name) | recipe.solve)
+                new = call("solve", recipe.solve, methods.Problem(weight, pattern, objective), draft)
+            new = new * draft.mask
+            pattern.verify(new, site.name)
+        except ValueError as e:
+            raise ValueError(str(e) if site.name in str(e) else f"{site.name}: {e}") from e
+        entry = {
+            "name": site.name, "shape": list(site.shape if site.shape[0] > 1 else site.shape[1:]), "pattern": str(pattern),
+            "kept": int((new != 0).sum()), "total": site.numel, "error_before": None, "error_after": None,
+            "weight_norm_ratio": float(new.norm() / weight.norm().clamp_min(1e-30)), "seconds": 0.0, "dense_reason": None,
+        }  # fmt: skip
+        if gram is not None:
+            energy = gram.energy().clamp_min(1e-30)
+            entry["error_before"] = float(gram.value(weight * draft.mask) / energy)
+            entry["error_after"] = float(gram.value(new) / energy)
+        elif window is not None:
+            entry["error_before"] = window.value((weight * draft.mask).flatten())
+            entry["error_after"] = window.value(new.flatten())
+        site.write(parameter, new)
+        if gram is not None and gram.bias and recipe.solve:
             shift = gram.best_bias(new).reshape(-1)
             with torch.no_grad():
                 if site.bias is not None:
                     tensors[site.bias].add_(shift.to(tensors[site.bias]))
                 else:
                     tensors[site.norm].sub_(shift.to(tensors[site.norm]))
-    return entry
+        return entry, draft.mask
+
+
+def call(kind: str, role: dict[str, Any], *problem: Any) -> Any:
+    return methods.function(kind, role["method"])(*problem, **{k: v for k, v in role.items() if k != "method"})

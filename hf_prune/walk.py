@@ -123,6 +123,10 @@ def _clone(tree: Any) -> Any:
     return tree_map(lambda t: t.detach().clone() if torch.is_tensor(t) else t, tree)
 
 
+def _copy(tree: Any) -> Any:
+    return tree_map(lambda t: t.clone() if torch.is_tensor(t) else t, tree)
+
+
 def _same(a: Any, b: Any) -> bool:
     la, sa = tree_flatten(a)
     lb, sb = tree_flatten(b)
@@ -205,8 +209,7 @@ class Walk:
                 self.links.append(link)
                 continue
             for form in ("lean", "splice"):
-                reached = self._glue(batch, i, history[: i + 1], form)
-                if reached is not None and _same(reached, inputs[i + 1][1]):
+                if _same(self._glue(batch, i, history[: i + 1], form), inputs[i + 1][1]):
                     self.links.append({"form": form})
                     break
             else:
@@ -254,7 +257,7 @@ class Walk:
                 if self.mode == "splice":
                     entry["outputs"] = []
                 if self.mode != "prefix":
-                    entry["call"] = self._reach(batch, 0, {})
+                    entry["call"] = self._keep(self._reach(self._place(batch), 0, {}))
                 entries.append(entry)
         return entries
 
@@ -273,6 +276,31 @@ class Walk:
         args, kwargs = self._place(entry["call"])
         return self.units[i].module(*args, **kwargs)
 
+    def through(self, i: int, last: int, entry: dict[str, Any]) -> Any:
+        """Unit `last`'s output when unit i runs on its entry and the units between follow.  Differentiable."""
+        if i == last:
+            return self.call(i, entry)
+        if self.mode == "prefix":
+            return self.call(last, entry)
+        out = self.call(i, entry)
+        args = self._place(entry["call"])
+        for j in range(i, last):
+            link = self.links[j]
+            if link["form"] != "chain":
+                return self._glue(self._place(entry["batch"]), j, self._history(entry, j, out), link["form"], last)
+            args = self._chained(link, out, args)
+            out = self.units[j + 1].module(*args[0], **args[1])
+        return out
+
+    @staticmethod
+    def _chained(link: dict[str, Any], out: Any, call: Any) -> Any:
+        outs, ins = tree_leaves(out), tree_leaves(call)
+        leaves = [v if kind == "value" else (outs if kind == "out" else ins)[v] for kind, v in link["plan"]]
+        return tree_unflatten(leaves, link["spec"])
+
+    def _history(self, entry: dict[str, Any], i: int, out: Any) -> list[Any]:
+        return [*entry.get("outputs", [None] * i)[:i], out]
+
     def advance(self, i: int, entry: dict[str, Any]) -> dict[str, Any]:
         """The entry for unit i + 1 from unit i's entry, through unit i with its present weights."""
         if self.mode == "prefix" or i + 1 >= len(self.units):
@@ -284,18 +312,17 @@ class Walk:
             if self.mode == "splice":
                 following["outputs"] = [*entry["outputs"], self._keep(out)]
             if link["form"] == "chain":
-                outs, ins = tree_leaves(out), tree_leaves(entry["call"])
-                leaves = [
-                    v if kind == "value" else (self._keep(outs[v]) if kind == "out" else ins[v]) for kind, v in link["plan"]
-                ]
-                following["call"] = tree_unflatten(leaves, link["spec"])
+                following["call"] = self._chained(link, self._keep(out), entry["call"])
             else:
-                history = [*([None] * i), out] if link["form"] == "lean" else [*entry["outputs"], out]
-                following["call"] = self._glue(self._place(entry["batch"]), i, history, link["form"], keep=True)
+                history = self._history(entry, i, out)
+                following["call"] = self._keep(self._glue(self._place(entry["batch"]), i, history, link["form"]))
         return following
 
-    def _glue(self, batch: Any, i: int, history: list[Any], form: str, keep: bool = False) -> Any:
-        """What unit i + 1 is called with when units up to i return `history` (earlier ones zeros, where lean)."""
+    def _glue(self, batch: Any, i: int, history: list[Any], form: str, last: int | None = None) -> Any:
+        """The model's own forward while units up to i return `history` (zeros before i, where lean).
+
+        Returns what unit i + 1 is called with, or with `last` that unit's output.
+        """
         stubs: dict[int, Any] = {i: history[i]}
         if form == "splice":
             stubs = dict(enumerate(history))
@@ -308,23 +335,30 @@ class Walk:
                     self.specs[_signature(batch)][j],
                     is_leaf=_is_spec,
                 )
-        return self._reach(batch, i + 1, stubs, keep)
+        return self._reach(batch, i + 1, stubs, last)
 
-    def _reach(self, batch: Any, i: int, stubs: dict[int, Any], keep: bool = True) -> Any:
-        def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _reach(self, batch: Any, i: int, stubs: dict[int, Any], last: int | None = None) -> Any:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             raise Reached((args, kwargs))
 
-        for j, value in stubs.items():
-            self.units[j].module.forward = lambda *a, value=value, **k: self._place(value)  # type: ignore[method-assign]
+        def after(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            raise Reached(out)
+
+        for j, value in stubs.items():  # a clone each time: what follows may write into it
+            self.units[j].module.forward = lambda *a, value=value, **k: _copy(value)  # type: ignore[method-assign]
+        if last is None:
+            hook = self.units[i].module.register_forward_pre_hook(before, with_kwargs=True)
+        else:
+            hook = self.units[last].module.register_forward_hook(after, with_kwargs=True)
         try:
-            with _hooks(self.units[i].module.register_forward_pre_hook(stop, with_kwargs=True)):
-                feed(self.model, self._place(batch))
+            with _hooks(hook):
+                feed(self.model, batch)
         except Reached as reached:
-            return self._keep(reached.value)
+            return reached.value
         finally:
             for j in stubs:
                 del self.units[j].module.forward
-        return None
+        raise AssertionError("the forward ended before the unit was reached")
 
     def _keep(self, tree: Any) -> Any:
         return tree_map(lambda t: t.detach().to("cpu", copy=True) if torch.is_tensor(t) else t, tree)

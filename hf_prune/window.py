@@ -1,0 +1,246 @@
+"""The K-step objective: outputs of the operations that follow a set of weights, as a function of those weights.
+
+SNOWS (arXiv 2411.18376), Eq. 3:  minimise  sum_k || f_k(X; W) - t_k ||²  over the weights that stay, where f_k is the
+k-th operation after the layer, X the activations of the pruned network and t_k the target.  Everything before the
+layer is fixed, so each term is run from the unit's cached input.
+
+Weights travel as one flat vector, the canonical views of the sites behind each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from . import ranks
+from .collect import Pair, holding
+from .sites import Site, Stop, parameters
+from .walk import Walk
+
+F = torch.nn.functional
+LAYERS = {F.linear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, torch.addmm}
+ACTIVATIONS = {F.relu, torch.relu, torch.relu_, F.gelu, F.silu, F.hardswish, F.leaky_relu, F.elu, F.hardsigmoid,
+               F.relu6, F.sigmoid, torch.sigmoid, torch.tanh, F.tanh, F.mish, F.quick_gelu if hasattr(F, "quick_gelu") else F.gelu,
+               torch.Tensor.relu, torch.Tensor.relu_, torch.Tensor.sigmoid, torch.Tensor.tanh}  # fmt: skip
+ATTENTION = {F.scaled_dot_product_attention, F.softmax, torch.softmax, torch.Tensor.softmax}
+
+
+class Operations(TorchFunctionMode):
+    """Keeps the outputs of the operations from the first of `weights` on; ends the forward after raw call `stop`.
+
+    An operation is a linear layer, a convolution or an activation.  Query, key and value projections belong to the
+    attention operation, whose output is that of its projection: the outputs of layers that feed an attention are
+    dropped when the attention is seen, as in the authors' code.
+    """
+
+    def __init__(self, weights: set[int], stop: int | None = None) -> None:
+        super().__init__()
+        self.weights, self.stop = weights, stop
+        self.started = False
+        self.calls = 0
+        self.kept: list[tuple[int, bool, Tensor]] = []  # (raw call, is an activation, output)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in LAYERS:
+            weight = (kwargs or {}).get("weight", args[1] if len(args) > 1 else None)
+            self.started |= torch.is_tensor(weight) and weight.untyped_storage().data_ptr() in self.weights
+        if not self.started:
+            return out
+        self.calls += 1
+        if func in ATTENTION:
+            while self.kept and not self.kept[-1][1]:
+                self.kept.pop()
+        elif func in LAYERS or func in ACTIVATIONS:
+            if func in ACTIVATIONS and self.kept and _shares(self.kept[-1][2], out):
+                self.kept.pop()  # in place: the output before it is gone
+            self.kept.append((self.calls, func in ACTIVATIONS, out))
+        if self.calls == self.stop:
+            raise Stop
+        return out
+
+
+def _shares(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+@dataclass
+class Window:
+    """value, gradient and curvature products of the K-step loss, over any part of the calibration batches.
+
+    sites: whose weights vary, all in unit `index`.  steps: K, or None for the output of unit `last` alone.
+    mix: 0 targets the dense weights on the pruned network's inputs, 1 the dense network.
+    relative: divide each term by the energy of its target instead of by its number of entries (mean-squared error).
+    """
+
+    walk: Walk
+    index: int
+    sites: list[Site]
+    pairs: list[Pair]
+    dense: dict[str, Tensor]
+    steps: int | None = None
+    mix: float = 0.0
+    relative: bool = True
+    curvature: str = "gauss-newton"
+
+    def __post_init__(self) -> None:
+        if self.curvature not in ("gauss-newton", "hessian"):
+            raise ValueError(f"curvature {self.curvature}: choose gauss-newton or hessian.")
+        self.named = parameters(self.walk.model)
+        self.sizes = [s.numel for s in self.sites]
+        self.products = 0
+        self.last = self.index
+        self.stop: int | None = None
+        if self.steps is not None:
+            self._reach(self.pairs[0].pruned)
+        self.targets: list[list[Tensor]] = []
+        for pair in self.pairs:
+            with holding(self.walk.model, self.dense), torch.no_grad():
+                here = self._terms(pair.pruned)
+                if self.mix and pair.drifted:
+                    there = self._terms(pair.dense)
+                    here = [a + self.mix * (b - a) for a, b in zip(here, there, strict=True)]
+            self.targets.append([t.detach() for t in here])
+        energy = torch.stack([torch.stack([t.square().sum() for t in ts]) for ts in self.targets]).sum(0).double().cpu()
+        entries = torch.tensor([[float(t.numel()) for t in ts] for ts in self.targets], dtype=torch.float64).sum(0)
+        ranks.sum_([energy, entries])
+        batches = ranks.agree(float(len(self.pairs)))
+        self.scale = ((energy if self.relative else entries) / batches).clamp_min(1e-30).tolist()
+
+    def _reach(self, entry: Any) -> None:
+        """How far K + 1 operations go: the unit that holds the last of them, and the call in it to stop after."""
+        while True:
+            with torch.no_grad(), self._taping() as operations:
+                self.walk.through(self.index, self.last, entry)
+            if len(operations.kept) > self.steps:
+                self.stop = operations.kept[self.steps][0]
+                return
+            if self.last + 1 >= len(self.walk.units) or self.walk.mode == "prefix":
+                return  # fewer than K operations follow: the window ends with the model's last unit
+            self.last += 1
+
+    @contextlib.contextmanager
+    def _taping(self) -> Any:
+        weights = {self.walk.model.get_parameter(s.parameter).untyped_storage().data_ptr() for s in self.sites}
+        with contextlib.suppress(Stop), sdpa_kernel(SDPBackend.MATH), Operations(weights, self.stop) as operations:
+            yield operations
+
+    def _terms(self, entry: Any) -> list[Tensor]:
+        """The window's outputs for one entry, with the present weights."""
+        if self.steps is None:
+            with sdpa_kernel(SDPBackend.MATH):
+                out = self.walk.through(self.index, self.last, entry)
+            return [t for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t) and t.is_floating_point()]
+        with self._taping() as operations:
+            self.walk.through(self.index, self.last, entry)
+        return [t for _, _, t in operations.kept[: self.steps + 1]]
+
+    def split(self, images: int) -> tuple[list[list[int]], list[list[int]]]:
+        """Minibatches of about `images` images, and for each the batch that judges its step: one it does not hold."""
+        sizes = [max(len(t) for t in ts) for ts in self.targets]
+        per = max(1, round(images / max(1, sizes[0])))
+        order = list(range(len(self.pairs)))
+        parts = [order[i : i + per] for i in range(0, len(order), per)]
+        judges = [[parts[(i + 1) % len(parts)][0]] if len(parts) > 1 else order[-1:] for i in range(len(parts))]
+        if len(parts) == 1 and len(order) > 1:
+            parts = [order[:-1]]
+        return parts, judges
+
+    # -- the flat vector
+
+    def read(self) -> Tensor:
+        return torch.cat([s.read(self.named[s.parameter]).flatten() for s in self.sites])
+
+    def write(self, w: Tensor) -> None:
+        for s, part in zip(self.sites, w.split(self.sizes), strict=True):
+            s.write(self.named[s.parameter], part.view(s.shape))
+
+    def _flat(self, grads: Sequence[Tensor | None]) -> Tensor:
+        parts = []
+        for s, g in zip(self.sites, grads, strict=True):
+            g = torch.zeros_like(self.named[s.parameter]) if g is None else g
+            parts.append(s.read(g).flatten())
+        return torch.cat(parts)
+
+    def _loss(self, terms: list[Tensor], targets: list[Tensor]) -> Tensor:
+        total = terms[0].new_zeros(())
+        for f, t, s in zip(terms, targets, self.scale, strict=True):
+            total = total + (f - t).square().sum() / s
+        return total
+
+    # -- Objective
+
+    def value(self, w: Tensor, part: Sequence[int] | None = None) -> float:
+        """The loss over the batches in `part` (all by default), averaged over batches and ranks."""
+        self.write(w)
+        part = range(len(self.pairs)) if part is None else part
+        with torch.no_grad():
+            sums = torch.stack([self._loss(self._terms(self.pairs[i].pruned), self.targets[i]).double() for i in part]).sum()
+        return ranks.agree(float(sums)) / ranks.agree(float(len(part)))
+
+    def gradient(self, w: Tensor, part: Sequence[int] | None = None) -> tuple[float, Tensor]:
+        """(value, gradient)."""
+        self.write(w)
+        part = range(len(self.pairs)) if part is None else part
+        ps = [self.named[s.parameter] for s in self.sites]
+        total, flat = 0.0, torch.zeros_like(w)
+        with grad_on(ps):
+            for i in part:
+                loss = self._loss(self._terms(self.pairs[i].pruned), self.targets[i])
+                flat += self._flat(torch.autograd.grad(loss, ps, allow_unused=True))
+                total += float(loss.detach())
+        count = ranks.agree(float(len(part)))
+        ranks.sum_([flat])
+        return ranks.agree(total) / count, flat / count
+
+    def product(self, w: Tensor, v: Tensor, part: Sequence[int] | None = None) -> Tensor:
+        """Curvature times v: the Gauss-Newton matrix (positive semi-definite) or the exact Hessian."""
+        part = range(len(self.pairs)) if part is None else part
+        self.products += 1
+        self.write(w)
+        ps = [self.named[s.parameter] for s in self.sites]
+        vs = [self._scatter(s, x) for s, x in zip(self.sites, v.split(self.sizes), strict=True)]
+        flat = torch.zeros_like(w)
+        with grad_on(ps):
+            for i in part:
+                terms = self._terms(self.pairs[i].pruned)
+                if self.curvature == "hessian":
+                    first = torch.autograd.grad(self._loss(terms, self.targets[i]), ps, create_graph=True, allow_unused=True)
+                    dot = sum((g * x).sum() for g, x in zip(first, vs, strict=True) if g is not None)
+                    flat += self._flat(torch.autograd.grad(dot, ps, allow_unused=True))
+                    continue
+                # J v by differentiating the vector-Jacobian product, which is linear in its seed
+                seeds = [torch.zeros_like(t, requires_grad=True) for t in terms]
+                pulled = torch.autograd.grad(terms, ps, seeds, create_graph=True, allow_unused=True)
+                dot = sum((g * x).sum() for g, x in zip(pulled, vs, strict=True) if g is not None)
+                pushed = torch.autograd.grad(dot, seeds, retain_graph=True, allow_unused=True)
+                heads = [2 * (torch.zeros_like(t) if j is None else j) / s for j, t, s in zip(pushed, terms, self.scale, strict=True)]
+                flat += self._flat(torch.autograd.grad(terms, ps, heads, allow_unused=True))
+        ranks.sum_([flat])
+        return flat / ranks.agree(float(len(part)))
+
+    def _scatter(self, site: Site, part: Tensor) -> Tensor:
+        """A canonical vector as a tensor shaped like the stored parameter, zero outside the site's rows."""
+        out = torch.zeros_like(self.named[site.parameter])
+        site.write(out, part.view(site.shape))
+        return out
+
+
+@contextlib.contextmanager
+def grad_on(ps: Sequence[Tensor]) -> Any:
+    """Gradients with respect to `ps` alone."""
+    for p in ps:
+        p.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for p in ps:
+            p.requires_grad_(False)
