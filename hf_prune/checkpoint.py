@@ -58,6 +58,30 @@ def refuse_existing(folder: str | Path, *, overwrite: bool = False, source: str 
         )
 
 
+def unfinished(folder: str | Path) -> Path:
+    """Where a run that is to end in `folder` keeps its finished blocks (resume.py) until it has ended."""
+    target = _real(folder)
+    return target.parent / f".{target.name}.unfinished"
+
+
+def refuse_unfinished(folder: str | Path, *, resume: bool, overwrite: bool) -> None:
+    """Settle what a stopped run left: `resume` goes on with it, `overwrite` drops it, otherwise ValueError.
+
+    Hours of work are never dropped because a flag was forgotten. Raises ValueError too for `resume` with no such run.
+    """
+    place = unfinished(folder)
+    blocks = len(list(place.glob("*.safetensors"))) if place.is_dir() else 0
+    if resume and not place.is_dir():
+        raise ValueError(f"--resume: there is no stopped run to go on with ({place} does not exist); leave it out.")
+    if blocks and not resume and not overwrite:
+        raise ValueError(
+            f"an earlier run for --output-dir {folder} was stopped after {blocks} blocks: go on with --resume, or drop "
+            f"its work with --overwrite."
+        )
+    if place.is_dir() and not resume:
+        shutil.rmtree(place)
+
+
 def refuse_full_disk(folder: str | Path, needed: int) -> None:
     """Raise ValueError when the disk under `folder` has less than `needed` bytes (plus a little) free."""
     place = _real(folder).parent
@@ -66,8 +90,8 @@ def refuse_full_disk(folder: str | Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed + SLACK:
         raise ValueError(
-            f"--output-dir {folder}: the pruned model needs {size(needed + SLACK)}, but only {size(free)} are free in "
-            f"{place}. Make room or choose another disk."
+            f"--output-dir {folder}: the run needs {size(needed + SLACK)}, but only {size(free)} are free in {place}. "
+            f"Make room or choose another disk."
         )
 
 

@@ -14,6 +14,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 import traceback
@@ -167,10 +168,10 @@ def _guard(work: Callable[[], int], verbose: bool) -> int:
             traceback.print_exc()
         _complain(error)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if verbose:
             traceback.print_exc()
-        _complain("stopped; no output folder was written.")
+        _complain(f"stopped; no output folder was written.{stop}")
         return 130
     except BrokenPipeError:  # `hf-prune ... | head`: the reader has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it at exit
@@ -197,10 +198,14 @@ def run(args: Mapping[str, Any], words: Sequence[str]) -> int:
 
     chosen = settle(args)
     folder = Path(args.get("output_dir") or default_folder(args["model"], str(chosen.recipe.pattern())))
-    overwrite, source = bool(args.get("overwrite")), args["model"]
+    resume, source = bool(args.get("resume")), args["model"]
+    blocks = checkpoint.unfinished(folder)
+    # a stopped run that is taken up again had the leave to overwrite, or there was nothing to overwrite
+    overwrite = bool(args.get("overwrite")) or (resume and blocks.is_dir())
 
     def check_folder() -> None:
         checkpoint.refuse_existing(folder, overwrite=overwrite, source=source)
+        checkpoint.refuse_unfinished(folder, resume=resume, overwrite=overwrite)
         checkpoint.refuse_unwritable(folder)
 
     _hush(verbose=bool(args.get("verbose")))
@@ -222,7 +227,8 @@ def run(args: Mapping[str, Any], words: Sequence[str]) -> int:
     if args.get("dry_run"):
         say("Dry run: nothing was pruned and nothing was written.")
         return 0
-    on_main(state, lambda: checkpoint.refuse_full_disk(folder, stored))
+    kept = 4 * plan.totals(planned)["prunable"]  # finished blocks, in float32
+    on_main(state, lambda: checkpoint.refuse_full_disk(folder, stored + kept))
 
     say.stage(f"opening {chosen.dataset}")
     calibration = _images(chosen, args, state)
@@ -230,8 +236,10 @@ def run(args: Mapping[str, Any], words: Sequence[str]) -> int:
     if judged is not None:
         _refuse_labels(judged, loaded)  # now, and not after the work
     dense = dataclasses.replace(loaded, module=copy.deepcopy(loaded.module)) if judged is not None else None
-    with _memory(chosen), Progress(say) as progress:
-        result = prune_model(loaded.module, _batches(calibration, loaded, chosen), engine, progress=progress)
+    images = _batches(calibration, loaded, chosen)
+    with _keeping(blocks, resume), _memory(chosen), Progress(say) as progress:
+        result = prune_model(loaded.module, images, engine, progress=progress, checkpoint=blocks)
+    del images
     say.notes([*calibration.notes, *result.notes])
     evaluation = None
     if judged is not None and dense is not None:
@@ -252,7 +260,9 @@ def run(args: Mapping[str, Any], words: Sequence[str]) -> int:
         try:
             checkpoint.write(folder, loaded, told, text, recipe=to_yaml(chosen), overwrite=overwrite)
         except OSError as error:
-            raise ValueError(f"{folder} could not be written: {error.strerror or error}.") from error
+            why = f"{folder} could not be written: {error.strerror or error}."
+            raise ValueError(f"{why} No work is lost: mend it, then give the same command with --resume.") from error
+        shutil.rmtree(blocks, ignore_errors=True)
         say("\n" + report.summary(told, folder, checkpoint.weight_bytes(folder)))
 
     samples, skipped = _counts(calibration)
@@ -272,8 +282,6 @@ def settle(args: Mapping[str, Any]) -> Run:
         if args.get(one) and args.get(other):
             pair = [f"--{key.replace('_', '-')}" for key in (one, other)]
             wrong.append(f"{pair[0]} and {pair[1]} contradict each other: give one of them.")
-    if args.get("resume"):
-        wrong.append("--resume: this version keeps no unfinished runs; start again without it.")
     return recipe.resolve(args.get("recipe", recipe.DEFAULT), flags=flags, sets=args.get("set", ()), also=wrong)
 
 
@@ -366,6 +374,24 @@ def on_main(state: PartialState, work: Callable[[], None]) -> None:
         raise cause
     if outcome[0] is not None:
         raise _Told(outcome[0])
+
+
+@contextlib.contextmanager
+def _keeping(blocks: Path, resumed: bool) -> Iterator[None]:
+    """Finished blocks outlive Ctrl-C and a kill; not a ValueError, which the same command would meet again.
+
+    resumed: the blocks are an earlier run's, and the error may be that they do not belong to this one: they stay.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        count = len(list(blocks.glob("*.safetensors")))
+        more = f" {count} finished blocks are kept: the same command with --resume goes on after them." if count else ""
+        raise KeyboardInterrupt(more) from stop
+    except ValueError:
+        if not resumed and os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(blocks, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager

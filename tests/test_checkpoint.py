@@ -225,7 +225,7 @@ def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda place: usage(10**9, 9 * 10**8, 10**8))
     checkpoint.refuse_full_disk(tmp_path / "not" / "yet", 5 * 10**7)
-    with pytest.raises(ValueError, match="needs 116.8 MB, but only 100.0 MB are free in"):
+    with pytest.raises(ValueError, match="the run needs 116.8 MB, but only 100.0 MB are free in"):
         checkpoint.refuse_full_disk(tmp_path / "not" / "yet", 10**8)
 
 

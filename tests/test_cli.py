@@ -446,7 +446,7 @@ def test_too_little_disk_is_said_before_the_work(
     home: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(100, 95, 5))
-    assert "the pruned model needs" in fails(capsys, *words(home))
+    assert "the run needs" in fails(capsys, *words(home))
     assert "pruning" not in capsys.readouterr().err and list(Path.cwd().iterdir()) == []
 
 
@@ -456,10 +456,13 @@ def test_a_disk_that_fills_up_while_writing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_flush", full)
-    assert cli.main(words(home, "--no-eval")) == 2
-    assert "vit-2of4 could not be written: No space left on device." in capsys.readouterr().err
-    assert list(Path.cwd().iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_flush", full)
+        assert cli.main(words(home, "--no-eval")) == 2
+    assert "vit-2of4 could not be written: No space left on device. No work is lost" in capsys.readouterr().err
+    assert [p.name for p in Path.cwd().iterdir()] == [".vit-2of4.unfinished"]
+    assert cli.main(words(home, "--no-eval", "--resume", "--quiet")) == 0
+    assert [p.name for p in Path.cwd().iterdir()] == ["vit-2of4"]
 
 
 def data(home: Path, folder: Path, *more: object) -> list[str]:
@@ -561,29 +564,90 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main(["m", "--nm", "2:4"])
 
 
+def stopped(home: Path, place: Path, kind: int, until: str, *more: object) -> tuple[int, str]:
+    """Start a run in `place`, send it a signal once its stderr matches `until`; (exit code, stderr)."""
+    command = [sys.executable, "-m", "hf_prune", *words(home, "--no-eval", *more)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    log = place / "log"
+    with open(log, "w") as handle:
+        child = subprocess.Popen(command, stderr=handle, stdout=subprocess.DEVNULL, env=env, cwd=place)
+        deadline = time.time() + 120
+        while not re.search(until, log.read_text(), re.M):
+            assert child.poll() is None and time.time() < deadline, log.read_text()
+            time.sleep(0.005)
+        child.send_signal(kind)
+        return child.wait(60), log.read_text()
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and images whose pruning takes a few seconds: time to stop it in the middle."""
+    place = tmp_path_factory.mktemp("slow")
+    vision.hf_folder(place / "vit")
+    shutil.rmtree(place / "vit")
+    from transformers import AutoModelForImageClassification
+
+    config = vision.hf_config("vit")
+    config.num_hidden_layers = 8
+    module = vision.shake(AutoModelForImageClassification.from_config(config))
+    module.save_pretrained(place / "vit")
+    vision.write_processor(place / "vit")
+    vision.image_folder(place / "images", {"ant": 40, "bee": 40})
+    return place
+
+
+SLOW = ("--samples", 64, "--batch-size", 2)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_stopped_leaves_no_folder(kind: int, home: Path, tmp_path: Path) -> None:
-    vision.hf_folder(tmp_path / "vit")
-    command = [sys.executable, "-m", "hf_prune", *words(home, "--no-eval", "--samples", "2000", "--batch-size", "1")]
-    command[3] = str(tmp_path / "vit")
-    vision.image_folder(tmp_path / "many", {"ant": 400, "bee": 400})
-    command[command.index("--dataset") + 1] = str(tmp_path / "many")
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    log = tmp_path / "log"
-    with open(log, "w") as handle:
-        child = subprocess.Popen(command, stderr=handle, stdout=subprocess.DEVNULL, env=env, cwd=tmp_path)
-        deadline = time.time() + 120
-        while "opening" not in log.read_text():
-            assert child.poll() is None and time.time() < deadline, log.read_text()
-            time.sleep(0.05)
-        child.send_signal(kind)
-        code = child.wait(60)
+def test_a_stopped_run_leaves_no_folder_and_resumes_to_the_same_bits(kind: int, slow: Path, tmp_path: Path) -> None:
+    code, said = stopped(slow, tmp_path, kind, r"^ *15/48 ", *SLOW)
     assert code == (130 if kind == signal.SIGINT else -signal.SIGKILL)
+    assert not (tmp_path / "vit-2of4").exists() and "Traceback" not in said
+    blocks = len(list((tmp_path / ".vit-2of4.unfinished").glob("*.safetensors")))
+    assert 2 <= blocks < 8
     if kind == signal.SIGINT:
-        assert "hf-prune: stopped; no output folder was written." in log.read_text()
-        assert "Traceback" not in log.read_text()
-    assert not (tmp_path / "vit-2of4").exists()
+        kept = re.search(r"hf-prune: stopped; no output folder was written. (\d+) finished blocks are kept", said)
+        assert kept and int(kept[1]) == blocks and "the same command with --resume goes on" in said
+    os.utime(tmp_path / ".vit-2of4.unfinished", (0, 0))
+    kept_files = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".vit-2of4.unfinished").glob("*.safetensors")}
+
+    os.chdir(tmp_path)
+    argv = words(slow, "--no-eval", "--quiet", *SLOW)
+    assert cli.main(argv) == 2, "without a word the kept blocks are neither used nor dropped"
+    now = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".vit-2of4.unfinished").glob("*.safetensors")}
+    assert now == kept_files
+    other = [w if w != "64" else "60" for w in argv]
+    assert cli.main([*other, "--resume"]) == 2, "another run's blocks are refused, and stay"
+    assert {p.name for p in (tmp_path / ".vit-2of4.unfinished").glob("*.safetensors")} == set(kept_files)
+    assert cli.main([*argv, "--resume"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "vit-2of4"]
+    assert cli.main([*argv, "--output-dir", "whole"]) == 0
+    assert digest(Path("vit-2of4")) == digest(Path("whole"))
+    drop = ("seconds",)
+    layers = [
+        [{k: v for k, v in layer.items() if k not in drop} for layer in checkpoint.read(folder)["layers"]]
+        for folder in ("vit-2of4", "whole")
+    ]
+    assert layers[0] == layers[1]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_overwrite_drops_a_stopped_run(slow: Path, tmp_path: Path) -> None:
+    stopped(slow, tmp_path, signal.SIGKILL, r"^ *10/48 ", *SLOW)
+    assert list((tmp_path / ".vit-2of4.unfinished").glob("*.safetensors"))
+    assert cli.main(words(slow, "--no-eval", "--quiet", "--overwrite", "--samples", 4, "--batch-size", 2)) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "vit-2of4"]
+
+
+def test_resume_without_a_stopped_run(home: Path, capsys: pytest.CaptureFixture) -> None:
+    assert "--resume: there is no stopped run to go on with" in fails(capsys, *words(home, "--resume"))
+
+
+def test_a_run_that_fails_keeps_nothing(home: Path, capsys: pytest.CaptureFixture) -> None:
+    said = fails(capsys, *words(home, "--no-eval", "--set", "solve.ridge=-5"))
+    assert ".vit-2of4.unfinished" not in [p.name for p in Path.cwd().iterdir()], said
 
 
 # ------------------------------------------------------------------------------------------ commands, names, processes
