@@ -15,7 +15,8 @@ MODEL = {"sites", "walk", "junction", "streams", "collect", "ranks", "loop", "wi
 EDGE = {"__init__", "__main__", "recipe", "plan", "models", "source", "calibration", "evaluation", "labels", "metrics",
         "checkpoint", "report", "card", "hub", "cli", "demo", "assets", "schema"}  # fmt: skip
 HUGGING_FACE = {"transformers", "timm", "datasets", "evaluate", "accelerate", "huggingface_hub"}
-ALLOWED = {"TENSORS": {"torch"}, "MODEL": {"torch", "numpy", "safetensors"}}  # third parties; EDGE may use what pyproject.toml lists
+# Third parties. EDGE may use what pyproject.toml lists.
+ALLOWED = {"TENSORS": {"torch"}, "MODEL": {"torch", "numpy", "safetensors"}}
 RANK = {"TENSORS": 0, "MODEL": 1, "EDGE": 2}
 
 
