@@ -120,7 +120,7 @@ def _weights_words(layers: Sequence[Mapping[str, Any]]) -> str:
     zeros = 100 * (1 - kept / total) if total else 0.0
     return (
         f"{len(pruned)} of {len(layers)} weight tensors follow it; {zeros:.1f} % of their {total:,} entries are zero, "
-        f"checked one by one after the last step."
+        f"each tensor was checked against the pattern before it was written."
     )
 
 
@@ -211,8 +211,9 @@ def _resources(part: Mapping[str, Any]) -> str:
 def _layer_words(layers: Sequence[Mapping[str, Any]]) -> str:
     dense = [layer for layer in layers if not layer["pattern"]]
     said = (
-        "Error: the relative squared error of the layer's output on the calibration images, right after the mask and "
-        "after the weights that stay were refit. Norm: the norm of the weight over that of the dense weight."
+        "Error: squared distance of the layer's output to its target on the calibration images, over the squared norm "
+        "of the dense layer's output; once the mask is applied, and after the kept weights were refit. Norm: the norm "
+        "of the weight over that of the dense weight."
     )
     if dense:
         said += f" {len(dense)} weights stay dense; the table says why."

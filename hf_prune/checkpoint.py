@@ -128,6 +128,10 @@ def write(
         (partial / REPORT).write_text(to_json(report), encoding="utf-8")
         (partial / RECIPE).write_text(recipe, encoding="utf-8")
         (partial / CARD).write_text(card, encoding="utf-8")
+        ordinary = (partial / CARD).stat().st_mode
+        for file in partial.rglob("*"):  # safetensors writes files that only their owner can read
+            if file.is_file():
+                file.chmod(ordinary)
         _flush(partial)
         _swap(partial, target)
     except BaseException:  # a KeyboardInterrupt too must not leave half a model behind

@@ -22,6 +22,7 @@ class Stored:
 
     def save(self, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(self.content)
+        (folder / "model.safetensors").chmod(0o600)  # as safetensors leaves it
         if self.fail is not None:
             raise self.fail
 
@@ -66,7 +67,10 @@ def test_the_folder_holds_everything_and_nothing_is_left_beside_it(tmp_path: Pat
 def test_permissions_are_those_of_an_ordinary_folder(tmp_path: Path) -> None:
     write(tmp_path / "out")
     (tmp_path / "plain").mkdir()
+    (tmp_path / "file").write_text("")
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert modes == {(tmp_path / "file").stat().st_mode}
 
 
 @pytest.mark.parametrize("failure", [OSError("No space left on device"), KeyboardInterrupt()])
