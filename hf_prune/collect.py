@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,11 +23,13 @@ class Target:
     mix: 0 is the dense layer applied to the pruned network's inputs (cascade), 1 the dense network's own output.
     residual: a layer that adds to the residual stream aims at the stream, so that it makes good for earlier errors.
     bias: refit biases too (or the running mean of the batch norm that follows).
+    importance: how far samples weigh by their influence on the model's output (importance.py) rather than alike.
     """
 
     mix: float = 0.5
     residual: bool = True
     bias: bool = True
+    importance: float = 0.9
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Pair:
 
     dense: Any
     pruned: Any
+    weights: dict[tuple, Tensor] = field(default_factory=dict)  # (source, conv) -> importance of each sample
 
     @property
     def drifted(self) -> bool:
@@ -124,14 +127,15 @@ def grams(
             key = (nth, site.source, site.conv)
             if key not in columns:  # noqa: B023
                 columns[key] = site.columns(use.x.detach()).to(gram.xx.dtype)  # noqa: B023
-                gram.add_inputs(columns[key])  # noqa: B023
+                gram.add_inputs(columns[key], pair.weights.get((site.source, site.conv)))  # noqa: B023
             if gram is not next(g for g in sums[fold] if g.xx is gram.xx):  # noqa: B023
-                gram.count += columns[key].shape[1]  # noqa: B023
+                w = pair.weights.get((site.source, site.conv))
+                gram.count += columns[key].shape[1] if w is None else float(w.sum())  # noqa: B023
             if compare and k in joined:  # noqa: B023
                 inputs[k] = columns[key].clone()  # noqa: B023  the forward goes on and may write into its input
             elif compare:  # noqa: B023
                 d = site.outputs(goals[k][nth]) - site.outputs(use.y.detach())  # noqa: B023
-                gram.add_corrections(columns[key], d.to(gram.xx.dtype))  # noqa: B023
+                gram.add_corrections(columns[key], d.to(gram.xx.dtype), pair.weights.get((site.source, site.conv)))  # noqa: B023
 
         with quiet(model):
             if not (joined and compare):
@@ -147,7 +151,7 @@ def grams(
             (back,) = torch.autograd.grad(z, leaves[k].y, (goal_sums[site.junction] - z.detach()).to(z.dtype), retain_graph=True)
             rows = junction.channel_last(site, back).flatten(0, -2) / site.scale.square().to(back)
             d = rows.view(rows.shape[0], site.shape[0], -1).movedim(1, 0).contiguous()
-            sums[fold][k].add_corrections(inputs[k], d.to(inputs[k].dtype))
+            sums[fold][k].add_corrections(inputs[k], d.to(inputs[k].dtype), pair.weights.get((site.source, site.conv)))
     for fold_sums in sums:
         shared: dict[int, Tensor] = {}
         for g in fold_sums:

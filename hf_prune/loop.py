@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import methods, ranks, resume, sites, walk
 from .collect import Pair, Target, find_junctions, grams, holding
+from .importance import importance
 from .objective import Gram
 from .pattern import Pattern, allocate
 from .window import Window
@@ -224,6 +225,11 @@ def run(
     chosen.plan.walk = way.mode
     saved = resume.Saved(folder, resume.fingerprint(model, batches, recipe)) if folder else None
     pairs = [Pair(e, e) for e in way.enter(batches)]
+    if "gram" in evidence(recipe) and target.importance > 0:
+        tell({"event": "stage", "text": "weighing samples by their influence on the output"})
+        every = [s for u in chosen.units for s in u.sites]
+        for pair, weights in zip(pairs, importance(model, every, batches, target.importance, seed=recipe.seed), strict=True):
+            pair.weights = weights
     small = way.enter([chosen.small])[0]
     del batches
     dense: dict[str, Tensor] = {}

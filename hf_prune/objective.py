@@ -33,17 +33,19 @@ class Gram:
         new = weight.new_zeros
         return cls(weight, new(g, i, i), new(g, i, o), new(g, o), new(g, i), new(g, o), 0.0)
 
-    def add_inputs(self, x: Tensor) -> None:
-        """x (groups, samples, in)."""
-        self.xx.baddbmm_(x.mT, x)
-        self.sx += (x.mT @ x.new_ones(x.shape[1], 1)).squeeze(-1)
-        self.count += x.shape[1]
+    def add_inputs(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """x (groups, samples, in), weight (samples,) or None for ones."""
+        xw = x if weight is None else x * weight[:, None]
+        self.xx.baddbmm_(xw.mT, x)
+        self.sx += (x.mT @ (x.new_ones(x.shape[1]) if weight is None else weight)[:, None]).squeeze(-1)
+        self.count += x.shape[1] if weight is None else float(weight.sum())
 
-    def add_corrections(self, x: Tensor, d: Tensor) -> None:
-        """x (groups, samples, in), d (groups, samples, out)."""
-        self.xd.baddbmm_(x.mT, d)
-        self.dd += torch.linalg.vector_norm(d, dim=1).square()
-        self.sd += (d.mT @ d.new_ones(d.shape[1], 1)).squeeze(-1)
+    def add_corrections(self, x: Tensor, d: Tensor, weight: Tensor | None = None) -> None:
+        """x (groups, samples, in), d (groups, samples, out), weight (samples,) or None for ones."""
+        dw = d if weight is None else d * weight[:, None]
+        self.xd.baddbmm_(x.mT, dw)
+        self.dd += (d * dw).sum(1) if weight is not None else torch.linalg.vector_norm(d, dim=1).square()
+        self.sd += (dw.mT @ d.new_ones(d.shape[1], 1)).squeeze(-1)
 
     def __add__(self, other: Gram) -> Gram:
         sums = {k: getattr(self, k) + getattr(other, k) for k in ("xx", "xd", "dd", "sx", "sd", "count")}

@@ -1,0 +1,95 @@
+"""How much each position of a layer's output matters to the model's output.
+
+Least squares over tokens or pixels treats all alike, but a classifier may read one token of two hundred.  With
+z = f(y) the model's output and y one position of a layer's output, a change dy moves z by J dy, so that position weighs
+||J||²_F in the reconstruction.  It is estimated without labels: for a random v with unit covariance, the gradient of
+v·z with respect to y has expected squared norm ||J||²_F (Hutchinson's estimator).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from . import ranks
+from .sites import Site, _tensors, feed, quiet
+from .walk import _hooks
+
+Key = tuple[int, Any]  # (source, conv): sites that share their input share its weights
+
+
+def importance(
+    model: nn.Module, sites: list[Site], batches: list[Any], share: float, probes: int = 2, seed: int = 0, micro: int = 8
+) -> list[dict[Key, Tensor]]:
+    """One weight per sample of each layer's input, for every batch; the mean over all samples is 1.
+
+    share: 0 weighs all samples alike, 1 by their influence alone.  probes: random vectors per image.  micro: images
+    that are differentiated together, which bounds the memory.  Layers whose output no module returns get no weights.
+    """
+    modules = dict(model.named_modules())
+    generator = torch.Generator().manual_seed(seed)
+    found: list[dict[Key, Tensor]] = []
+    for batch in batches:
+        pieces: dict[Key, list[Tensor]] = {}
+        size = len(_tensors(batch)[0])
+        for first in range(0, size, micro):
+            part = tree_map(lambda t, a=first: t[a : a + micro] if torch.is_tensor(t) and t.dim() else t, batch)
+            for key, value in _influence(model, modules, sites, part, probes, generator).items():
+                pieces.setdefault(key, []).append(value)
+        found.append({key: torch.cat(values) for key, values in pieces.items()})
+    for key in found[0] if found else ():
+        total = torch.zeros(2, dtype=torch.float64)
+        for weights in found:
+            total += torch.tensor([float(weights[key].double().sum()), float(weights[key].numel())], dtype=torch.float64)
+        ranks.sum_([total])
+        mean = float(total[0] / total[1])
+        for weights in found:
+            weights[key] = (1 - share) + share * weights[key] / mean if mean > 0 else torch.ones_like(weights[key])
+    return found
+
+
+def _influence(
+    model: nn.Module, modules: dict[str, nn.Module], sites: list[Site], part: Any, probes: int, generator: torch.Generator
+) -> dict[Key, Tensor]:
+    outputs: dict[int, Tensor] = {}
+
+    def keep(k: int) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> Any:
+            s = sites[k]
+            if torch.is_tensor(out) and out.shape[1 if s.conv is not None else -1] == s.shape[0] * s.shape[1]:
+                if not out.requires_grad:
+                    out.requires_grad_(True)
+                outputs[k] = out
+                return out.clone()  # the layer after may write into its input
+            return None
+
+        return hook
+
+    eligible = [k for k, s in enumerate(sites) if s.rows is None and s.uses == 1]
+    hooks = [modules[sites[k].module].register_forward_hook(keep(k)) for k in eligible]
+    with quiet(model), torch.enable_grad():
+        with _hooks(*hooks):
+            result = feed(model, tree_map(lambda t: t.to(_device(model)) if torch.is_tensor(t) else t, part))
+        ends = [t for t in _tensors(result) if t.is_floating_point() and t.requires_grad]
+        if not ends or not outputs:
+            return {}
+        influence: dict[int, Tensor] = {}
+        for probe in range(probes):
+            seeds = [torch.randn(t.shape, generator=generator).to(t) for t in ends]
+            grads = torch.autograd.grad(ends, list(outputs.values()), seeds, retain_graph=probe < probes - 1, allow_unused=True)
+            for k, g in zip(outputs, grads, strict=True):
+                if g is None:
+                    g = torch.zeros_like(outputs[k])
+                square = g.square().sum(1 if sites[k].conv is not None else -1).flatten()
+                influence[k] = influence.get(k, 0) + square
+    grouped: dict[Key, list[Tensor]] = {}
+    for k, value in influence.items():
+        grouped.setdefault((sites[k].source, sites[k].conv), []).append(value / probes)
+    return {key: torch.stack(values).mean(0) for key, values in grouped.items()}
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
