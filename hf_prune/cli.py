@@ -480,6 +480,7 @@ def _eval_images(
 ) -> ImageSet | None:
     """The images to measure on; None with --no-eval, and where the calibration dataset has no second split."""
     from .calibration import images
+    from .recipe import EVAL_SAMPLES
 
     if chosen.no_eval:
         return None
@@ -499,12 +500,14 @@ def _eval_images(
         split=split,
         image_column=chosen.image_column if same else None,
         label_column=chosen.label_column if same else None,
-        samples=chosen.eval_samples,
+        samples=chosen.eval_samples or EVAL_SAMPLES,
         seed=chosen.recipe.seed,
         token=args.get("token"),
         rank=state.process_index,
         world_size=state.num_processes,
     )
+    if chosen.eval_samples is None and (found.expected or EVAL_SAMPLES) * found.world_size < EVAL_SAMPLES:
+        found.samples = None  # all of them; nobody asked for more
     if same and found.split == calibration.split:
         say.notes([f"evaluated on the split that calibrates ({found.split}): the figures flatter the pruned model."])
     return found
@@ -623,7 +626,7 @@ class Progress:
             if self.bar is not None:
                 self.bar.set_description_str(_ended(event["text"], 34))
             else:
-                self._line(event["text"])
+                self.say.stage(event["text"])
 
     def images(self, done: int, expected: int | None) -> None:
         """Called by the evaluation: images done, images expected if that is known."""

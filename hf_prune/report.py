@@ -125,8 +125,8 @@ def _scores(evaluation: Mapping[str, Any] | None) -> list[str]:
     for key, words in (("logit_error", "relative logit error"), ("representation_error", "representation error")):
         if evaluation.get(key) is not None:
             interval = evaluation.get(f"{key}_interval")
-            around = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
-            lines.append(_row(words, "", f"{evaluation[key]:.3f}{around}"))
+            around = f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else ""
+            lines.append(_row(words, "", f"{evaluation[key]:.3g}{around}"))
     lines += [f"on {evaluation['samples']} images; in brackets the 95 % interval", ""]
     return lines
 
