@@ -603,7 +603,7 @@ class Progress:
         self.bar: Any = None
         self.terminal = sys.stderr.isatty()
         self.began = time.monotonic()
-        self.last = 0.0
+        self.last = self.began
 
     def __enter__(self) -> Progress:
         return self

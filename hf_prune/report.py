@@ -67,7 +67,8 @@ def compose(
         "layers": layers,
         "calibration": dict(calibration),
         "evaluation": None if evaluation is None else _told(evaluation, loaded.num_classes),
-        "resources": dict(result.resources),
+        # where there is no device nothing was measured on it: null, and not 0 bytes
+        "resources": {**result.resources, "peak_device_bytes": result.resources["peak_device_bytes"] or None},
     }
 
 

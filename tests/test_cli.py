@@ -157,6 +157,7 @@ def test_the_whole_way(done: tuple[Path, str], home: Path) -> None:
     assert 0 < evaluation["logit_error"] < 1
     assert evaluation["notes"] == [], "15 of at most 1000 images are no news"
     assert report["model"]["classes"] == 5 and report["model"]["library"] == "transformers"
+    assert report["resources"]["peak_device_bytes"] is None or torch.cuda.is_available()
     assert report["resources"]["device"] == "cpu" and report["seed"] == 0
     assert {"hf-prune", "torch", "transformers", "python"} <= set(report["versions"]) or "torch" in report["versions"]
 
