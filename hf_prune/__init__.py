@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+    from .compress import load
     from .loop import Recipe, Report
     from .pattern import Pattern
 
 __version__ = "0.1.0"
-__all__ = ["Pattern", "Recipe", "Report", "prune", "__version__"]
+__all__ = ["Pattern", "Recipe", "Report", "load", "prune", "__version__"]
 
-_HOME = {"Pattern": "pattern", "Recipe": "loop", "Report": "loop"}
+_HOME = {"Pattern": "pattern", "Recipe": "loop", "Report": "loop", "load": "compress"}
 
 
 def prune(
@@ -50,7 +51,7 @@ def prune(
 
 
 def __getattr__(name: str) -> Any:
-    """Recipe, Report and Pattern when they are first asked for: they need torch, and `hf-prune --help` does not."""
+    """What needs torch is imported when it is first asked for: `hf-prune --help` does not need it."""
     if name in _HOME:
         return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -36,6 +36,7 @@ def render(report: Mapping[str, Any], *, name: str | None = None) -> str:
         intro=_intro(report),
         pattern_words=_pattern_words(report["pattern"]),
         weights_words=_weights_words(report["layers"]),
+        stored_words=_stored_words(report),
         snippet=_snippet(report, title),
         results=_results(report),
         fence=_fence(command + "\n" + recipe),
@@ -124,8 +125,27 @@ def _weights_words(layers: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def _stored_words(report: Mapping[str, Any]) -> str:
+    compressed = report.get("compressed")
+    if not compressed:
+        return "The zeros are stored: the file is as large as a dense one, and it loads everywhere a dense one does."
+    file = code(compressed["file"])
+    if compressed["only"]:
+        return (
+            f"The weights are stored without their zeros in {file}, which only [hf-prune]({URL}) reads; to the same "
+            f"bits, or not at all. `hf-prune convert` writes them dense."
+        )
+    return (
+        f"The zeros are stored in the dense file, which loads everywhere; {file} holds the same weights without them, "
+        f"for [hf-prune]({URL}) alone."
+    )
+
+
 def _snippet(report: Mapping[str, Any], title: str) -> str:
     folder = re.sub(r"[^\w./-]", "_", title)
+    compressed = report.get("compressed")
+    if compressed and compressed["only"]:
+        return f'import hf_prune  # pip install hf-prune\n\nmodel = hf_prune.load("{folder}")'
     if report["model"]["library"] == "timm":
         return f'import timm\n\nmodel = timm.create_model("local-dir:{folder}", pretrained=True).eval()'
     if report["model"]["library"] == "transformers":
@@ -236,8 +256,9 @@ def _layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
 def _limits(report: Mapping[str, Any]) -> list[str]:
     found = []
     if re.fullmatch(r"\d+:\d+", report["pattern"]):
+        how = "packed, dense in memory" if (report.get("compressed") or {}).get("only") else "dense"
         found.append(
-            f"{report['pattern']} stored dense; no inference speed was measured. On a CPU there is none to gain; on a "
+            f"{report['pattern']} stored {how}; no inference speed was measured. On a CPU there is none to gain; on a "
             "GPU it needs kernels for the pattern, and whether they pay depends on the shapes and the batch."
         )
     else:

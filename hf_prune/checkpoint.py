@@ -15,13 +15,14 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from . import schema
+from . import compress, schema
+from . import source as sources
 
 if TYPE_CHECKING:
     from .models import Loaded
@@ -112,23 +113,40 @@ def write(
 ) -> Path:
     """Write model, processor, hf_prune.json, recipe.yaml and README.md; the folder appears complete, or not at all.
 
+    `report["compressed"]` asks for the compressed weights too, or alone; `sha256` of every tensor is added to it here.
     loaded: holds the pruned module. report: as hf_prune/schema.py says. card, recipe: texts of README.md, recipe.yaml.
     Returns the folder. Raises ValueError as `refuse_existing`, and AssertionError for a report that breaks the schema.
     """
     wrong = schema.problems(report)
     assert not wrong, "the report breaks its own schema: " + " ".join(wrong)
     refuse_existing(folder, overwrite=overwrite)
+    with new_folder(folder) as partial:
+        loaded.save(partial)
+        dense = sources.weight_files(str(folder), partial)
+        report = {**report, "sha256": {name: compress.digest(tensor) for name, tensor in compress.read_dense(dense)}}
+        if wanted := report.get("compressed"):
+            n, m = (int(part) for part in report["pattern"].split(":"))
+            compress.add(partial, n, m, only=wanted["only"])
+        (partial / REPORT).write_text(to_json(report), encoding="utf-8")
+        (partial / RECIPE).write_text(recipe, encoding="utf-8")
+        (partial / CARD).write_text(card, encoding="utf-8")
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A hidden folder to fill, which takes the place of `folder` when the block ends well and vanishes otherwise."""
     target = _real(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     clean(target)
     partial = target.parent / f".{target.name}.partial-{_mine()}"
     partial.mkdir()
     try:
-        loaded.save(partial)
-        (partial / REPORT).write_text(to_json(report), encoding="utf-8")
-        (partial / RECIPE).write_text(recipe, encoding="utf-8")
-        (partial / CARD).write_text(card, encoding="utf-8")
-        ordinary = (partial / CARD).stat().st_mode
+        yield partial
+        probe = partial / ".mode"
+        probe.touch()
+        ordinary = probe.stat().st_mode
+        probe.unlink()
         for file in partial.rglob("*"):  # safetensors writes files that only their owner can read
             if file.is_file():
                 file.chmod(ordinary)
@@ -137,7 +155,6 @@ def write(
     except BaseException:  # a KeyboardInterrupt too must not leave half a model behind
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Path(folder)
 
 
 def read(folder: str | Path) -> dict[str, Any]:

@@ -33,14 +33,20 @@ if TYPE_CHECKING:
 
 # First words that are commands of their own, and the module whose `run(arguments)` they call. A model folder of the
 # same name is reached as ./demo.
-COMMANDS = {"demo": "hf_prune.demo"}
+COMMANDS = {
+    "demo": "hf_prune.demo",
+    "push": "hf_prune.hub",
+    "verify": "hf_prune.verify",
+    "inspect": "hf_prune.inspect",
+    "convert": "hf_prune.compress",
+}
 
 EXAMPLES = """\
 examples:
   hf-prune google/vit-base-patch16-224 --nm 2:4
   hf-prune ./my-model --sparsity 0.7 --dataset ./images --output-dir out
 
-hf-prune demo      prune a small model that ships with hf-prune, offline
+commands: demo, push, verify, inspect, convert (hf-prune COMMAND --help)
 A recipe (--recipe FILE) holds the same keys as these flags; flags win.
 """
 
@@ -106,7 +112,14 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--overwrite", action="store_true", help="replace a folder that hf-prune wrote")
     group.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
     group.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    group.add_argument("--compressed", action="store_true", help="write the N:M weights packed too")
+    group.add_argument("--compressed-only", action="store_true", help="... and no dense weights")
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit of the model")
+    group.add_argument("--push-to-hub", metavar="ID", help="publish the result as this repository")
+    group.add_argument("--private", action="store_true", help="... which only its owner sees")
+    group.add_argument("--push-revision", metavar="REV", help="... on this branch")
+    group.add_argument("--create-pr", action="store_true", help="... as a pull request")
+    group.add_argument("--commit-message", metavar="TEXT", help="... with this first line")
     group.add_argument("--token", metavar="TOKEN", help="Hub token; better: hf auth login")
     group.add_argument("--trust-remote-code", action="store_true", help="run code from the model's repository")
 
@@ -208,6 +221,10 @@ def run(args: Mapping[str, Any], words: Sequence[str]) -> int:
         checkpoint.refuse_unfinished(folder, resume=resume, overwrite=overwrite)
         checkpoint.refuse_unwritable(folder)
 
+    if args.get("push_to_hub"):
+        from . import hub
+
+        hub.check(args["push_to_hub"], args.get("token"))  # now, and not after the work
     _hush(verbose=bool(args.get("verbose")))
     state = process_state(chosen.device)
     say = Talk(quiet=bool(args.get("quiet")) or not state.is_main_process)
@@ -255,6 +272,7 @@ def run(args: Mapping[str, Any], words: Sequence[str]) -> int:
             calibration=_where(calibration, chosen) | {"samples": samples, "skipped": skipped},
             evaluation=evaluation and evaluation | _where(judged, chosen),
             command=spoken(words),
+            compressed="only" if args.get("compressed_only") else "beside" if args.get("compressed") else None,
         )
         text = card.render(told, name=folder.resolve().name)
         try:
@@ -267,7 +285,30 @@ def run(args: Mapping[str, Any], words: Sequence[str]) -> int:
 
     samples, skipped = _counts(calibration)
     on_main(state, write)
+    if args.get("push_to_hub"):
+        on_main(state, lambda: _publish(args, folder, say))
     return 0
+
+
+def _publish(args: Mapping[str, Any], folder: Path, say: Talk) -> None:
+    """Push the finished folder; when that fails, the folder is there and can be pushed later."""
+    from . import hub
+
+    try:
+        link = hub.push(
+            folder,
+            args["push_to_hub"],
+            private=bool(args.get("private")),
+            revision=args.get("push_revision"),
+            create_pr=bool(args.get("create_pr")),
+            message=args.get("commit_message"),
+            token=args.get("token"),
+            tell=say.aside,
+        )
+    except ValueError as error:
+        raise ValueError(f"{error} The result is complete in {folder}; later: hf-prune push {folder} "
+                         f"{args['push_to_hub']}") from error  # fmt: skip
+    say(link)
 
 
 # ------------------------------------------------------------------------------------------------- what was asked for
@@ -282,7 +323,25 @@ def settle(args: Mapping[str, Any]) -> Run:
         if args.get(one) and args.get(other):
             pair = [f"--{key.replace('_', '-')}" for key in (one, other)]
             wrong.append(f"{pair[0]} and {pair[1]} contradict each other: give one of them.")
-    return recipe.resolve(args.get("recipe", recipe.DEFAULT), flags=flags, sets=args.get("set", ()), also=wrong)
+    for flag in ("private", "push_revision", "create_pr", "commit_message"):
+        if args.get(flag) and not args.get("push_to_hub"):
+            wrong.append(f"--{flag.replace('_', '-')} says how to publish: give --push-to-hub ID too.")
+    if args.get("push_to_hub"):
+        from .hub import id_problem
+
+        wrong += id_problem(args["push_to_hub"])
+        if args.get("dry_run"):
+            wrong.append("--dry-run and --push-to-hub contradict each other: give one of them.")
+    chosen = recipe.resolve(args.get("recipe", recipe.DEFAULT), flags=flags, sets=args.get("set", ()), also=wrong)
+    if args.get("compressed") or args.get("compressed_only"):
+        from .packing import MAX_M
+
+        if not 0 < chosen.recipe.pattern().m <= MAX_M:
+            raise ValueError(
+                f"--compressed packs N:M with M up to {MAX_M}, and the pattern is {chosen.recipe.pattern()}: leave it "
+                f"out, or give --nm."
+            )
+    return chosen
 
 
 def default_folder(model: str, pattern: str) -> str:

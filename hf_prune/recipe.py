@@ -36,7 +36,8 @@ SCOPES = ("layer", "row", "model")
 # Of one invocation, not of a run: a recipe that came from elsewhere must not decide about code, secrets or folders.
 COMMAND_ONLY = (
     *("model", "recipe", "set", "revision", "token", "trust_remote_code", "output_dir"),
-    *("dry_run", "resume", "overwrite", "quiet", "verbose", "version"),
+    *("dry_run", "resume", "overwrite", "quiet", "verbose", "version", "compressed", "compressed_only"),
+    *("push_to_hub", "push_revision", "private", "create_pr", "commit_message"),
 )
 ROLES = ("mask", "solve", "refine")  # keys that name a method of hf_prune/methods and its options
 

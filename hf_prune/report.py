@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import compress, schema
 from . import recipe as recipes
-from . import schema
 from .card import duration
 from .checkpoint import size
 
@@ -31,11 +31,13 @@ def compose(
     calibration: Mapping[str, Any],
     evaluation: Mapping[str, Any] | None,
     command: str | None,
+    compressed: str | None = None,
 ) -> dict[str, Any]:
     """The mapping of hf_prune.json (docs/hf_prune.json.md).
 
     calibration: `samples`, `skipped`, and where the images came from. evaluation: of evaluation.py, None if not run.
     command: as typed, without secrets (`spoken`), None when called from Python.
+    compressed: "beside" the dense weights or "only", None for dense weights alone.
     """
     disk = loaded.checkpoint_names()
     shapes = {name: list(parameter.shape) for name, parameter in loaded.module.named_parameters()}
@@ -69,6 +71,7 @@ def compose(
         "evaluation": None if evaluation is None else _told(evaluation, loaded.num_classes),
         # where there is no device nothing was measured on it: null, and not 0 bytes
         "resources": {**result.resources, "peak_device_bytes": result.resources["peak_device_bytes"] or None},
+        "compressed": _compressed(run, compressed),
     }
 
 
@@ -80,6 +83,13 @@ def _told(evaluation: Mapping[str, Any], classes: int | None) -> dict[str, Any]:
             if found.get(side):
                 found[side] = found[side] | {"top5": None, "top5_interval": None}
     return found
+
+
+def _compressed(run: recipes.Run, wanted: str | None) -> dict[str, Any] | None:
+    if wanted is None:
+        return None
+    pattern = run.recipe.pattern()
+    return {"file": compress.file_name(pattern.n, pattern.m), "only": wanted == "only"}
 
 
 def versions() -> dict[str, str]:

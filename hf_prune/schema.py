@@ -65,6 +65,19 @@ TOP: Keys = {
     "evaluation": (_or_none(_mapping), "a mapping, or null where nothing was evaluated"),
     "resources": (_mapping, "a mapping"),
 }
+# Keys that came later within version 1: a reader must do without them, but what is there must be right.
+LATER: Keys = {
+    "sha256": (
+        lambda value: _mapping(value) and all(_text(v) and len(v) == 64 for v in value.values()),
+        "a mapping of tensor name on disk to the sha256 of its bytes",
+    ),
+    "compressed": (
+        lambda value: (
+            value is None or (_mapping(value) and _text(value.get("file")) and value.get("only") in (True, False))
+        ),
+        'null, or {"file": name, "only": true or false}',
+    ),
+}
 MODEL: Keys = {
     "source": (_text, "the model as the user named it"),
     "revision": (_or_none(_text), "a commit, or null for a local folder"),
@@ -112,6 +125,7 @@ def problems(report: Any) -> list[str]:
     if isinstance(version, int) and version > VERSION:
         return [f"schema_version is {version}, this hf_prune reads up to {VERSION}: install a newer hf_prune."]
     found = _against(report, TOP, "")
+    found += _against(report, {key: check for key, check in LATER.items() if key in report}, "")
     for key, keys in (("model", MODEL), ("calibration", CALIBRATION), ("resources", RESOURCES)):
         if isinstance(report.get(key), Mapping):
             found += _against(report[key], keys, f"{key}.")

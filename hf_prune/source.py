@@ -15,8 +15,11 @@ from typing import Any
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# What compress.py writes beside or instead of the dense weights; no other library looks for such a name.
+COMPRESSED = re.compile(r"model\.sparse(\d\d|\d+of\d+)\.safetensors", re.ASCII)
 # What a model folder needs besides its weights; README.md is read for the licence.
 SMALL_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", INDEX, "README.md")
+OWN_FILES = ("hf_prune.json", "recipe.yaml")  # of a model that hf-prune wrote
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,56 @@ def resolve(name: str, *, revision: str | None = None, token: str | None = None,
     if _looks_local(name):
         raise ValueError(f"{name}: this folder does not exist.")
     repo = _timm_repo(name)
-    folder, commit, notes = _fetch(name, repo, revision, token, remote_code)
+    folder, commit, notes = _fetch(name, repo, revision, token, remote_code, compressed=False)
     return _read(name, folder, local=False, revision=commit, notes=notes)
+
+
+def fetch(
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    remote_code: bool = False,
+    compressed: bool = False,
+    everything: bool = False,
+) -> Path:
+    """Download a model's files from the Hub; returns the folder that holds them.
+
+    compressed: prefer compressed weights where the repository has them. everything: both kinds of weights.
+    Raises ValueError as `resolve`.
+    """
+    if _looks_local(name):
+        raise ValueError(f"{name}: this folder does not exist.")
+    return _fetch(name, _timm_repo(name), revision, token, remote_code, compressed=compressed or everything,
+                  both=everything)[0]  # fmt: skip
+
+
+def weight_files(name: str, folder: Path) -> list[Path]:
+    """The dense safetensors files of a folder. Raises ValueError where one is missing or lies elsewhere."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        _need(name, {path.name for path in folder.iterdir()})
+    listed = _json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{name}: {INDEX} lists no weights.")
+    names = sorted({str(file) for file in listed.values()})
+    for file in names:
+        # the index came from outside: "../x" or "/x" would read, and later hash and copy, a file of the user's
+        if not re.fullmatch(r"\w[\w.-]*\.safetensors", file, re.ASCII):
+            raise ValueError(f"{name}: {INDEX} names {file!r}, which is no safetensors file of this folder.")
+        if not (folder / file).is_file():
+            raise ValueError(f"{name}: {INDEX} names {file}, which is missing.")
+    return [folder / file for file in names]
+
+
+def library(folder: Path, config: dict[str, Any]) -> str:
+    """Whose model a config.json describes: "transformers" or "timm". Raises ValueError where it does not say."""
+    if "model_type" in config and config["model_type"] != "timm_wrapper":
+        return "transformers"
+    if "architecture" in config:
+        return "timm"
+    raise ValueError(f"{folder / 'config.json'} names neither a model_type (transformers) nor an architecture (timm).")
 
 
 def _looks_local(name: str) -> bool:
@@ -89,7 +140,14 @@ def _nearest(word: str, words: list[str]) -> str:
 
 
 def _fetch(
-    name: str, repo: str, revision: str | None, token: str | None, remote_code: bool
+    name: str,
+    repo: str,
+    revision: str | None,
+    token: str | None,
+    remote_code: bool,
+    *,
+    compressed: bool,
+    both: bool = False,
 ) -> tuple[Path, str, list[str]]:
     """Download the files of a Hub repository; returns its folder in the cache, the commit, and notes."""
     from huggingface_hub import HfApi, snapshot_download
@@ -107,9 +165,13 @@ def _fetch(
     try:
         info = HfApi(token=token).model_info(repo, revision=revision, timeout=15)
         files = {file.rfilename for file in info.siblings or []}
-        _need(name, files)
-        wanted = [file for file in SMALL_FILES if file in files]
-        wanted += [file for file in files if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", file)]
+        packed = [file for file in files if COMPRESSED.fullmatch(file)] if compressed else []
+        if not packed:
+            _need(name, files)
+        wanted = [file for file in (*SMALL_FILES, *OWN_FILES) if file in files]
+        wanted += packed
+        if both or not packed:
+            wanted += [file for file in files if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", file)]
         wanted += [file for file in files if file.endswith(".py")] if remote_code else []
         # by the user's revision, not by info.sha: so the cache learns which commit the name stood for
         folder = Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=wanted))
@@ -131,7 +193,7 @@ def _fetch(
     except HfHubHTTPError as error:
         raise ValueError(f"{where}: the Hub answered with an error: {_line(error)}") from error
     except (OSError, HTTPError) as error:  # offline, no route, time-out
-        known = [*SMALL_FILES, "model*.safetensors", *(["*.py"] if remote_code else [])]
+        known = [*SMALL_FILES, *OWN_FILES, "model*.safetensors", *(["*.py"] if remote_code else [])]
         try:
             cached = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=known))
         except (LocalEntryNotFoundError, ValueError):
@@ -157,6 +219,11 @@ def _need(name: str, files: set[str]) -> None:
             f"safetensors first (save_pretrained in transformers, timm.models.save_for_hf in timm)."
         )
     others = sorted(f for f in files if f.endswith(".safetensors"))
+    if any(COMPRESSED.fullmatch(f) for f in others):
+        raise ValueError(
+            f"{name} holds compressed weights only, which hf_prune.load reads; to prune or publish it anew, write it "
+            f"dense first: hf-prune convert {name} FOLDER"
+        )
     raise ValueError(f"{name} holds no {WEIGHTS}" + (f", only {', '.join(others[:3])}." if others else "."))
 
 
@@ -165,30 +232,22 @@ def _read(
 ) -> Source:
     _need(name, {path.name for path in folder.iterdir()})
     config = _json(folder / "config.json")
-    if "model_type" in config and config["model_type"] != "timm_wrapper":
-        library = "transformers"
-    elif "architecture" in config:
-        library = "timm"
-    else:
-        raise ValueError(
-            f"{folder / 'config.json'} names neither a model_type (transformers) nor an architecture (timm)."
-        )
+    whose = library(folder, config)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "an unnamed method")
+        if str((config["quantization_config"].get("sparsity_config") or {}).get("format")).endswith("-bitmask"):
+            raise ValueError(
+                f"{name} is stored in a format of compressed-tensors that its later versions cannot read; write it "
+                f"dense first: hf-prune convert {name} FOLDER"
+            )
         raise ValueError(f"{name} is quantized ({method}): prune the original model and quantize the result.")
-    if (folder / WEIGHTS).is_file():
-        weights = [folder / WEIGHTS]
-    else:
-        weights = [folder / file for file in sorted(set(_json(folder / INDEX)["weight_map"].values()))]
-        for file in weights:
-            if not file.is_file():
-                raise ValueError(f"{name}: {INDEX} names {file.name}, which is missing.")
-    if library == "timm" and len(weights) > 1:
+    weights = weight_files(name, folder)
+    if whose == "timm" and len(weights) > 1:
         raise ValueError(f"{name} is a timm model in {len(weights)} files; timm reads a single {WEIGHTS}.")
     return Source(
         name=name,
         folder=folder,
-        library=library,
+        library=whose,
         config=config,
         weights=tuple(weights),
         local=local,

@@ -1,5 +1,6 @@
 """The output folder: whole or absent, also when the process dies at the worst moment."""
 
+import hashlib
 import json
 import os
 import signal
@@ -10,6 +11,8 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from hf_prune import checkpoint, schema
 
@@ -21,10 +24,15 @@ class Stored:
         self.content, self.fail = content, fail
 
     def save(self, folder: Path) -> None:
-        (folder / "model.safetensors").write_bytes(self.content)
-        (folder / "model.safetensors").chmod(0o600)  # as safetensors leaves it
+        file = folder / "model.safetensors"
+        save_file({"w": torch.tensor(list(self.content), dtype=torch.uint8)}, file)
+        file.chmod(0o600)  # as safetensors leaves it
         if self.fail is not None:
             raise self.fail
+
+
+def content(folder: Path) -> bytes:
+    return bytes(load_file(folder / "model.safetensors")["w"].tolist())
 
 
 def report() -> dict:
@@ -60,7 +68,8 @@ def test_the_folder_holds_everything_and_nothing_is_left_beside_it(tmp_path: Pat
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["out"]
     found = sorted(p.name for p in (tmp_path / "deep" / "out").iterdir())
     assert found == ["README.md", "hf_prune.json", "model.safetensors", "recipe.yaml"]
-    assert checkpoint.read(tmp_path / "deep" / "out") == report()
+    digest = hashlib.sha256(b"new").hexdigest()
+    assert checkpoint.read(tmp_path / "deep" / "out") == report() | {"sha256": {"w": digest}}
     assert checkpoint.read_recipe(tmp_path / "deep" / "out") == report()["recipe"]
 
 
@@ -84,7 +93,7 @@ def test_a_failure_leaves_the_old_folder_as_it_was(tmp_path: Path) -> None:
     write(tmp_path / "out", Stored(b"old"))
     with pytest.raises(OSError, match="No space"):
         write(tmp_path / "out", Stored(fail=OSError("No space")), overwrite=True)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"old"
+    assert content(tmp_path / "out") == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -100,7 +109,7 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(OSError, match="went away"):
         write(tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"old"
+    assert content(tmp_path / "out") == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -155,9 +164,9 @@ def test_kill_9(tmp_path: Path, where: str, old: bool) -> None:
     assert checkpoint.clean(folder)
     assert [p.name for p in tmp_path.iterdir()] == (["out"] if old else [])
     if old:
-        assert (folder / "model.safetensors").read_bytes() == b"old"
+        assert content(folder) == b"old"
     write(folder, overwrite=True)
-    assert (folder / "model.safetensors").read_bytes() == b"new"
+    assert content(folder) == b"new"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -222,7 +231,7 @@ def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
     write(tmp_path / "link", overwrite=True)
     assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "disk" / "real" / "model.safetensors").read_bytes() == b"new"
+    assert content(tmp_path / "disk" / "real") == b"new"
 
 
 def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
