@@ -8,6 +8,7 @@ v·z with respect to y has expected squared norm ||J||²_F (Hutchinson's estimat
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -30,14 +31,13 @@ def importance(
     that are differentiated together, which bounds the memory.  Layers whose output no module returns get no weights.
     """
     modules = dict(model.named_modules())
-    generator = torch.Generator().manual_seed(seed)
     found: list[dict[Key, Tensor]] = []
     for batch in batches:
         pieces: dict[Key, list[Tensor]] = {}
         size = len(_tensors(batch)[0])
         for first in range(0, size, micro):
             part = tree_map(lambda t, a=first: t[a : a + micro] if torch.is_tensor(t) and t.dim() else t, batch)
-            for key, value in _influence(model, modules, sites, part, probes, generator).items():
+            for key, value in _influence(model, modules, sites, part, probes, seed).items():
                 pieces.setdefault(key, []).append(value)
         found.append({key: torch.cat(values) for key, values in pieces.items()})
     for key in found[0] if found else ():
@@ -52,7 +52,7 @@ def importance(
 
 
 def _influence(
-    model: nn.Module, modules: dict[str, nn.Module], sites: list[Site], part: Any, probes: int, generator: torch.Generator
+    model: nn.Module, modules: dict[str, nn.Module], sites: list[Site], part: Any, probes: int, seed: int
 ) -> dict[Key, Tensor]:
     outputs: dict[int, Tensor] = {}
 
@@ -78,7 +78,7 @@ def _influence(
             return {}
         influence: dict[int, Tensor] = {}
         for probe in range(probes):
-            seeds = [torch.randn(t.shape, generator=generator).to(t) for t in ends]
+            seeds = [_directions(t, part, seed + 7919 * probe) for t in ends]
             grads = torch.autograd.grad(ends, list(outputs.values()), seeds, retain_graph=probe < probes - 1, allow_unused=True)
             for k, g in zip(outputs, grads, strict=True):
                 if g is None:
@@ -89,6 +89,18 @@ def _influence(
     for k, value in influence.items():
         grouped.setdefault((sites[k].source, sites[k].conv), []).append(value / probes)
     return {key: torch.stack(values).mean(0) for key, values in grouped.items()}
+
+
+def _directions(output: Tensor, part: Any, seed: int) -> Tensor:
+    """Standard normal, a function of each image and the seed alone: neither batches nor ranks change it."""
+    images = next(t for t in _tensors(part) if t.is_floating_point()).detach().cpu()
+    if len(images) != len(output):
+        return torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(output)
+    rows = []
+    for image in images:
+        generator = torch.Generator().manual_seed(zlib.crc32(image.contiguous().numpy().tobytes()) + seed)
+        rows.append(torch.randn(output.shape[1:], generator=generator))
+    return torch.stack(rows).to(output)
 
 
 def _device(model: nn.Module) -> torch.device:
