@@ -134,7 +134,8 @@ def choose(model: nn.Module, batch: Any, recipe: Recipe) -> Selection:
     unit_of = {s.name: u.name for u in made for s in u.sites}
     rows = []
     for s in found.sites:
-        rows.append(Row(s.name, s.shape if s.shape[0] > 1 else s.shape[1:], unit_of.get(s.name, ""), s.numel,
+        shape = tuple(named[s.parameter].shape) if s.rows is None else s.shape[1:]
+        rows.append(Row(s.name, shape, unit_of.get(s.name, ""), s.numel,
                         str(patterns[s.name]) if s.name in patterns else None, reasons.get(s.name)))  # fmt: skip
     listed = {s.parameter for s in found.sites}
     rows += [Row(n, tuple(named[n].shape), "", named[n].numel(), None, r) for n, r in found.dense.items() if n not in listed]

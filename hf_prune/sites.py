@@ -301,7 +301,7 @@ def find(model: nn.Module, batch: Any) -> Found:
     last = uses[-1].parameter
     head = {last} if uses[-1].conv is None or uses[-1].y.shape[2:].numel() == 1 else set()
     for name, p in named.items():
-        if p.dim() >= 2 and name not in ranges:
+        if p.dim() >= 2 and name not in ranges and name.endswith("weight"):  # tokens and positions are no weights
             dense[name] = "no matrix product or convolution reads it unchanged"
     found = [s for s in sites.values() if s.parameter not in dense]
     biases = {}
