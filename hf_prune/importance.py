@@ -93,7 +93,8 @@ def _influence(
 
 def _directions(output: Tensor, part: Any, seed: int) -> Tensor:
     """Standard normal, a function of each image and the seed alone: neither batches nor ranks change it."""
-    images = next(t for t in _tensors(part) if t.is_floating_point()).detach().cpu()
+    inputs = _tensors(part)
+    images = next((t for t in inputs if t.is_floating_point()), inputs[0]).detach().cpu()  # token ids have no floats
     if len(images) != len(output):
         return torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(output)
     rows = []

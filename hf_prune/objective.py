@@ -91,12 +91,23 @@ class Gram:
     def normal(self, ridge: float) -> tuple[Tensor, Tensor]:
         """(H, B): least squares with a ridge towards W has w_S = H_SS⁻¹ B_S on each support S.
 
-        ridge is a share of the mean diagonal of xx.  Raises ValueError where xx is zero: the layer sees no input.
+        ridge is a share of the mean diagonal of xx.  An input that is constant over the calibration images, such as a
+        learned query or a dead branch, leaves only rounding in xx once it is centred; the ridge therefore never falls
+        below the rounding of the sums, and such a layer keeps the dense values of its largest weights, which a refit
+        bias makes exact.  Raises ValueError for a ridge of 0 on such a layer, and for sums that are not finite.
         """
         xx, xd, _ = self.moments()
+        if not torch.isfinite(xx).all():
+            raise ValueError("the layer's calibration inputs are not finite; check the images and the weights for NaN.")
         scale = xx.diagonal(dim1=-2, dim2=-1).mean(-1)
-        if not bool((scale > 0).any()):
-            raise ValueError("every calibration input of this layer is constant; nothing can be refit. Use other images.")
+        raw = self.xx.diagonal(dim1=-2, dim2=-1).mean(-1)
+        rounding = 64 * torch.finfo(xx.dtype).eps * raw
+        if ridge == 0 and bool((scale <= rounding).any()):
+            raise ValueError(
+                "the calibration inputs of this layer are constant, so least squares without a ridge has no solution; "
+                "give a ridge above 0 or other images."
+            )
+        floor = torch.where(raw > 0, rounding, torch.ones_like(raw)) if ridge else torch.zeros_like(raw)
         eye = torch.eye(xx.shape[-1], dtype=xx.dtype, device=xx.device)
-        h = xx + (ridge * scale + torch.finfo(xx.dtype).tiny)[..., None, None] * eye
+        h = xx + torch.maximum(ridge * scale, floor)[..., None, None] * eye
         return h, self.weight @ h + self.mix * xd.mT

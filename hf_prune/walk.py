@@ -12,7 +12,8 @@ forward.  From block to block the cheapest form of replay is used that reproduce
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,12 +120,31 @@ def units(model: nn.Module, found: Found, wanted: list[Site], batch: Any) -> tup
 Entry = tuple[list[Any], Any]  # leaves and tree spec of (args, kwargs)
 
 
+PLAIN = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size, nn.Module)
+
+
+def _map(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """`change` every tensor.  A tensor handed over twice stays one, because `key is value` selects another path in
+    nn.MultiheadAttention; objects a forward may write into, such as key-value caches, are copied."""
+    made: dict[int, Any] = {}
+
+    def one(leaf: Any) -> Any:
+        if id(leaf) not in made:
+            if torch.is_tensor(leaf):
+                made[id(leaf)] = change(leaf)
+            else:
+                made[id(leaf)] = leaf if isinstance(leaf, PLAIN) or callable(leaf) else copy.deepcopy(leaf)
+        return made[id(leaf)]
+
+    return tree_map(one, tree)
+
+
 def _clone(tree: Any) -> Any:
-    return tree_map(lambda t: t.detach().clone() if torch.is_tensor(t) else t, tree)
+    return _map(lambda t: t.detach().clone(), tree)
 
 
 def _copy(tree: Any) -> Any:
-    return tree_map(lambda t: t.clone() if torch.is_tensor(t) else t, tree)
+    return _map(lambda t: t.clone(), tree)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -230,6 +250,8 @@ class Walk:
             return None  # a container among the arguments grew on the way
         for leaf, value in zip(leaves, values, strict=True):
             if not torch.is_tensor(leaf):
+                if not isinstance(leaf, PLAIN) and not callable(leaf):
+                    return None  # it may carry what earlier units left in it
                 plan.append(("value", leaf))
                 continue
             found = next((("out", j) for j, t in enumerate(outs) if t is leaf or _alias(t, leaf)), None)
@@ -361,11 +383,11 @@ class Walk:
         raise AssertionError("the forward ended before the unit was reached")
 
     def _keep(self, tree: Any) -> Any:
-        return tree_map(lambda t: t.detach().to("cpu", copy=True) if torch.is_tensor(t) else t, tree)
+        return _map(lambda t: t.detach().to("cpu", copy=True), tree)
 
     def _place(self, tree: Any) -> Any:
         # a copy even where the device is the host: a block may write into its arguments
-        return tree_map(lambda t: t.detach().to(self.device, copy=True) if torch.is_tensor(t) else t, tree)
+        return _map(lambda t: t.detach().to(self.device, copy=True), tree)
 
 
 def _is_spec(s: Any) -> bool:
