@@ -8,7 +8,7 @@ calls `F.linear` are all found, and need no code of their own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -276,8 +276,13 @@ def find(model: nn.Module, batch: Any) -> Found:
             stem.add(use.parameter)
         where = (use.x.untyped_storage().data_ptr(), use.x.storage_offset(), use.x.numel(), use.x._version, use.conv)
         source = sources.setdefault(where, len(sources))
+        bias = by_storage.get(use.bias.untyped_storage().data_ptr()) if use.bias is not None else None
+        norm = norms.get(use.y.untyped_storage().data_ptr()) if use.conv is not None else None
         if key in sites:
-            sites[key].uses += 1
+            site = sites[key]
+            site.uses += 1
+            if (bias, norm) != (site.bias, site.norm):  # what follows differs between the uses: neither can be refit
+                site.bias = site.norm = None
             continue
         if use.conv is not None:
             c = use.conv
@@ -288,12 +293,11 @@ def find(model: nn.Module, batch: Any) -> Found:
             rows, cols = (cols, rows) if use.transposed else (rows, cols)
             rows = rows if use.rows is None else use.rows[1] - use.rows[0]
             shape, channels = (1, rows, cols), cols
-        bias = by_storage.get(use.bias.untyped_storage().data_ptr()) if use.bias is not None else None
         if use.rows is not None or (bias is not None and named[bias].numel() != shape[0] * shape[1]):
             bias = None
         sites[key] = Site(
             use.parameter, use.rows, shape, channels, use.conv, use.transposed, bias,
-            norms.get(use.y.untyped_storage().data_ptr()) if use.conv is not None else None, 1, source,
+            norm, 1, source,
         )
     for name, parts in ranges.items():
         if len(parts) > 1 and None in parts:
@@ -315,5 +319,5 @@ def find(model: nn.Module, batch: Any) -> Found:
     return Found(found, dense, stem, head)
 
 
-def _tensors(tree: Any) -> Iterable[Tensor]:
+def _tensors(tree: Any) -> list[Tensor]:
     return [t for t in torch.utils._pytree.tree_leaves(tree) if torch.is_tensor(t)]
