@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import junction, ranks
 from .objective import Gram
-from .sites import Site, Stop, Tape, Use, parameters, quiet
+from .sites import Site, Stop, Tape, Use, quiet
 from .walk import Unit, Walk, _hooks
 
 
@@ -66,121 +66,115 @@ def find_junctions(walk: Walk, unit: Unit, entry: Any) -> None:
         for site in unit.sites:
             found = None
             if site.rows is None and site.uses == 1:
-                found = junction.find(lambda: walk.call(unit_index(walk, unit), entry), modules[site.module], site)
+                found = junction.find(lambda: walk.call(unit.sites[0].unit, entry), modules[site.module], site)
             if found is not None:
                 site.junction, site.scale = found
 
 
-def unit_index(walk: Walk, unit: Unit) -> int:
-    return next(i for i, u in enumerate(walk.units) if u is unit)
-
-
-def _run(walk: Walk, i: int, entry: Any) -> None:
-    with contextlib.suppress(Stop):
-        walk.call(i, entry)
-
-
 def grams(
-    walk: Walk, i: int, stage: list[Site], pairs: list[Pair], dense: dict[str, Tensor], target: Target,
-    touched: bool, folds: list[int],
-) -> list[list[Gram]]:  # fmt: skip
-    """Gram sums of the sites of one stage: per fold, per site.
+    walk: Walk, i: int, sites: list[Site], pairs: list[Pair], dense: dict[str, Tensor], target: Target, touched: bool
+) -> list[Gram]:
+    """Gram sums of the sites of one stage of unit i, over all pairs and ranks.
 
     dense: original tensors of everything already changed.  touched: an earlier stage of this unit has been written.
-    folds: which fold each pair belongs to; every image counts in exactly one.
     """
-    model = walk.model
-    named = parameters(model)
-    modules = dict(model.named_modules())
-    watched = {s.parameter: named[s.parameter] for s in stage}
-    place = {(s.parameter, s.rows): k for k, s in enumerate(stage)}
-    sums = [[Gram.zeros(s.read(named[s.parameter])) for s in stage] for _ in range(max(folds, default=0) + 1)]
-    for fold in sums:  # sites with the same input share its moments
-        for g, s in zip(fold, stage, strict=True):
-            first = next(f for f, t in zip(fold, stage, strict=True) if (t.source, t.conv) == (s.source, s.conv))
-            g.xx, g.sx = first.xx, first.sx
-    joined = [k for k, s in enumerate(stage) if target.residual and s.junction is not None]
-    wanted = {stage[k].junction for k in joined}
-    last = max(wanted, default=None)
-    expected = sum(s.uses for s in stage)
+    stage = Stage(walk, i, sites, dense, target)
+    for pair in pairs:
+        stage.add(pair, compare=target.mix > 0 and (pair.drifted or touched))
+    shared = {id(t): t for g in stage.sums for t in (g.xx, g.sx)}
+    ranks.sum_(shared.values())
+    for g in stage.sums:
+        count = torch.tensor([g.count], dtype=torch.float64)
+        ranks.sum_([g.xd, g.dd, g.sd, count])
+        g.count = float(count)
+    return stage.sums
 
-    for pair, fold in zip(pairs, folds, strict=True):
-        compare = target.mix > 0 and (pair.drifted or touched)
-        goals: dict[int, list[Tensor]] = {}  # outputs of the dense network at the sites that join no stream
-        goal_sums: dict[int, Tensor] = {}
-        if compare:
 
-            def keep(k: int, use: Use) -> None:
-                if k not in joined:
-                    goals.setdefault(k, []).append(use.y.clone())  # noqa: B023  consumed within this iteration
+class Stage:
+    """The sites of one stage, and their sums while they grow."""
 
-            with holding(model, dense), quiet(model), torch.no_grad():
-                goal_sums = _watch(walk, i, pair.dense, watched, place, keep, wanted, last, expected)
+    def __init__(self, walk: Walk, i: int, sites: list[Site], dense: dict[str, Tensor], target: Target) -> None:
+        self.walk, self.index, self.sites, self.dense = walk, i, sites, dense
+        self.modules = dict(walk.model.named_modules())
+        self.place = {(s.parameter, s.rows): k for k, s in enumerate(sites)}
+        self.uses = sum(s.uses for s in sites)
+        self.sums = [Gram.zeros(s.read(walk.model.get_parameter(s.parameter))) for s in sites]
+        self.first: list[int] = []  # the first site with the same input: it holds the moments that they share
+        for k, s in enumerate(sites):
+            self.first.append(next(j for j, t in enumerate(sites) if (t.source, t.conv) == (s.source, s.conv)))
+            self.sums[k].xx, self.sums[k].sx = self.sums[self.first[k]].xx, self.sums[self.first[k]].sx
+        # sites whose output joins the residual stream, and the addition where it does
+        self.joined = {k: s.junction for k, s in enumerate(sites) if target.residual and s.junction is not None}
 
-        counts = dict.fromkeys(range(len(stage)), 0)
-        inputs: dict[int, Tensor] = {}
-        columns: dict[tuple, Tensor] = {}
+    def add(self, pair: Pair, compare: bool) -> None:
+        """Count one batch in.  compare: the dense network's activations may differ, so corrections are wanted."""
+        goals, goal_sums = self.dense_goals(pair) if compare else ({}, {})
+        columns: dict[tuple[int, int], Tensor] = {}
+        nth = dict.fromkeys(range(len(self.sites)), 0)
+        kept: dict[int, Tensor] = {}
 
         def note(k: int, use: Use) -> None:
-            site, gram, nth = stage[k], sums[fold][k], counts[k]  # noqa: B023
-            counts[k] += 1  # noqa: B023
-            key = (nth, site.source, site.conv)
-            if key not in columns:  # noqa: B023
-                columns[key] = site.columns(use.x.detach()).to(gram.xx.dtype)  # noqa: B023
-                gram.add_inputs(columns[key], pair.weights.get((site.source, site.conv)))  # noqa: B023
-            if gram is not next(g for g in sums[fold] if g.xx is gram.xx):  # noqa: B023
-                w = pair.weights.get((site.source, site.conv))
-                gram.count += columns[key].shape[1] if w is None else float(w.sum())  # noqa: B023
-            if compare and k in joined:  # noqa: B023
-                inputs[k] = columns[key].clone()  # noqa: B023  the forward goes on and may write into its input
-            elif compare:  # noqa: B023
-                d = site.outputs(goals[k][nth]) - site.outputs(use.y.detach())  # noqa: B023
-                gram.add_corrections(columns[key], d.to(gram.xx.dtype), pair.weights.get((site.source, site.conv)))  # noqa: B023
+            site, gram, first = self.sites[k], self.sums[k], self.first[k]
+            weights = pair.weights.get((site.source, site.conv))
+            key = (first, nth[k])
+            if key not in columns:
+                columns[key] = site.columns(use.x.detach()).to(gram.xx.dtype)
+                self.sums[first].add_inputs(columns[key], weights)
+            if k != first:
+                gram.count += columns[key].shape[1] if weights is None else float(weights.sum())
+            if compare and k in self.joined:
+                kept[k] = columns[key].clone()  # the forward goes on and may write into its input
+            elif compare:
+                d = site.outputs(goals[k][nth[k]]) - site.outputs(use.y.detach())
+                gram.add_corrections(columns[key], d.to(gram.xx.dtype), weights)
+            nth[k] += 1
 
+        model = self.walk.model
         with quiet(model):
-            if not (joined and compare):
+            if not (compare and self.joined):
                 with torch.no_grad():
-                    _watch(walk, i, pair.pruned, watched, place, note, set(), None, expected)
-                continue
-            leaves = {k: junction.Leaf() for k in joined}
-            hooks = [modules[stage[k].module].register_forward_hook(leaves[k]) for k in joined]
+                    self.watch(pair.pruned, note, joining=False)
+                return
+            leaves = {k: junction.Leaf() for k in self.joined}
+            hooks = [self.modules[self.sites[k].module].register_forward_hook(leaf) for k, leaf in leaves.items()]
             with _hooks(*hooks), torch.enable_grad():
-                now = _watch(walk, i, pair.pruned, watched, place, note, wanted, last, expected)
-        for k in joined:
-            site, z = stage[k], now[stage[k].junction]
-            (back,) = torch.autograd.grad(z, leaves[k].y, (goal_sums[site.junction] - z.detach()).to(z.dtype), retain_graph=True)
-            rows = junction.channel_last(site, back).flatten(0, -2) / site.scale.square().to(back)
+                sums = self.watch(pair.pruned, note, joining=True)
+        for k, index in self.joined.items():
+            site, y, z, scale = self.sites[k], leaves[k].y, sums[index], self.sites[k].scale
+            assert y is not None and scale is not None
+            (back,) = torch.autograd.grad(z, y, (goal_sums[index] - z.detach()).to(z.dtype), retain_graph=True)
+            rows = junction.channel_last(site, back).flatten(0, -2) / scale.square().to(back)
             d = rows.view(rows.shape[0], site.shape[0], -1).movedim(1, 0).contiguous()
-            sums[fold][k].add_corrections(inputs[k], d.to(inputs[k].dtype), pair.weights.get((site.source, site.conv)))
-    for fold_sums in sums:
-        shared: dict[int, Tensor] = {}
-        for g in fold_sums:
-            count = torch.tensor([g.count], dtype=torch.float64)
-            shared |= {id(t): t for t in (g.xx, g.sx)}
-            ranks.sum_([g.xd, g.dd, g.sd, count])
-            g.count = float(count)
-        ranks.sum_(shared.values())
-    return sums
+            self.sums[k].add_corrections(kept[k], d.to(kept[k].dtype), pair.weights.get((site.source, site.conv)))
 
+    def dense_goals(self, pair: Pair) -> tuple[dict[int, list[Tensor]], dict[int, Tensor]]:
+        """The dense network's outputs at the sites, and its residual stream where they join it."""
+        goals: dict[int, list[Tensor]] = {}
 
-def _watch(
-    walk: Walk, i: int, entry: Any, watched: dict[str, Tensor], place: dict, on_use: Any, wanted: set, last: int | None,
-    expected: int,
-) -> dict[int, Tensor]:  # fmt: skip
-    """Run unit i on one entry, only as far as needed; returns the wanted additions of the residual stream."""
-    seen = 0
+        def keep(k: int, use: Use) -> None:
+            if k not in self.joined:
+                goals.setdefault(k, []).append(use.y.clone())
 
-    def on(use: Use) -> None:
-        nonlocal seen
-        k = place.get((use.parameter, use.rows))
-        if k is not None:
-            on_use(k, use)
-            seen += 1
-            if last is None and seen == expected:
-                raise Stop
+        with holding(self.walk.model, self.dense), quiet(self.walk.model), torch.no_grad():
+            return goals, self.watch(pair.dense, keep, joining=bool(self.joined))
 
-    # the tape looks weights up by where they are stored now
-    live = {n: walk.model.get_parameter(n) for n in watched}
-    with junction.Additions(last, wanted) as additions, Tape(live, on):
-        _run(walk, i, entry)
-    return additions.results
+    def watch(self, entry: Any, on_use: Callable[[int, Use], None], joining: bool) -> dict[int, Tensor]:
+        """Run the unit on one entry, only as far as needed; the additions of the residual stream that are wanted."""
+        seen = 0
+
+        def on(use: Use) -> None:
+            nonlocal seen
+            k = self.place.get((use.parameter, use.rows))
+            if k is not None:
+                on_use(k, use)
+                seen += 1
+                if not joining and seen == self.uses:
+                    raise Stop
+
+        wanted = set(self.joined.values()) if joining else set()
+        # the tape knows weights by where they are stored now
+        live: dict[str, Tensor] = {s.parameter: self.walk.model.get_parameter(s.parameter) for s in self.sites}
+        with junction.Additions(max(wanted, default=None), wanted) as additions, Tape(live, on):
+            with contextlib.suppress(Stop):
+                self.walk.call(self.index, entry)
+        return additions.results

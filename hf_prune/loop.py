@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class Recipe:
     def pattern(self) -> Pattern:
         if (self.nm is None) == (self.sparsity is None):
             raise ValueError("give either --nm N:M or --sparsity S, and not both.")
-        return Pattern.parse(self.nm) if self.nm else Pattern.unstructured(self.sparsity, self.scope)
+        return Pattern.parse(self.nm) if self.nm else Pattern.unstructured(float(self.sparsity or 0), self.scope)
 
 
 @dataclass(frozen=True)
@@ -297,9 +297,9 @@ class Block:
             find_junctions(self.way, self.unit, self.small)
         for n, stage in enumerate(self.unit.stages):
             began = time.perf_counter()
-            found: list[Gram | None] = [None] * len(stage)
+            found: Sequence[Gram | None] = [None] * len(stage)
             if gram:
-                (found,) = grams(self.way, self.index, stage, self.pairs, self.dense, self.target, n > 0, [0] * len(self.pairs))
+                found = grams(self.way, self.index, stage, self.pairs, self.dense, self.target, touched=n > 0)
             for site, g in zip(stage, found, strict=True):
                 entry, masks[site.name] = self.layer(site, tensors, g)
                 entry["seconds"] = time.perf_counter() - began
@@ -312,17 +312,21 @@ class Block:
 
     def window(self, sites_: list[sites.Site], options: dict[str, Any]) -> Window:
         mix = self.target.mix if options.get("mix") is None else options["mix"]
-        return Window(self.way, self.index, sites_, self.pairs, self.dense, options["k"], mix, options["relative"], options["curvature"])
+        how = (options["k"], mix, options["relative"], options["curvature"])
+        return Window(self.way, self.index, sites_, self.pairs, self.dense, *how)
 
     def refine(self, tensors: dict[str, Tensor], masks: dict[str, Tensor], entries: list[dict]) -> None:
         """All weights of the unit together, towards the unit's output."""
-        name = self.recipe.refine["method"]
-        options = methods.options("solve", name) | {"k": None} | {k: v for k, v in self.recipe.refine.items() if k != "method"}
+        role = self.recipe.refine or {}
+        name = role["method"]
+        options = methods.options("solve", name) | {"k": None} | {k: v for k, v in role.items() if k != "method"}
         window = self.window(self.unit.sites, options)
         before = window.read()
         mask = torch.cat([masks[s.name].flatten() for s in self.unit.sites])
         loss = window.value(before)
-        new = methods.function("solve", name)(methods.Problem(before, None, window), methods.Draft(before * mask, mask), **options)
+        pattern = self.patterns[self.unit.sites[0].name]
+        problem, draft = methods.Problem(before, pattern, window), methods.Draft(before * mask, mask)
+        new = methods.function("solve", name)(problem, draft, **options)
         better = window.value(new)
         if not better < loss:
             new, better = before, loss
@@ -340,12 +344,12 @@ class Block:
         weight = site.read(parameter)
         if gram is not None:
             gram = replace(gram, mix=target.mix, bias=target.bias and (site.bias is not None or site.norm is not None))
-        window = None
+        window: Window | None = None
         try:
             draft = call("select", recipe.mask, methods.Problem(weight, pattern, gram))
             new = draft.weight
             if recipe.solve:
-                name, objective = recipe.solve["method"], gram
+                name, objective = recipe.solve["method"], gram  # type: Any, Any
                 if methods.evidence(name) == "window":
                     site.write(parameter, draft.weight)
                     window = objective = self.window([site], methods.options("solve", name) | recipe.solve)
@@ -369,11 +373,10 @@ class Block:
         site.write(parameter, new)
         if gram is not None and gram.bias and recipe.solve:
             shift = gram.best_bias(new).reshape(-1)
-            with torch.no_grad():
-                if site.bias is not None:
-                    tensors[site.bias].add_(shift.to(tensors[site.bias]))
-                else:
-                    tensors[site.norm].sub_(shift.to(tensors[site.norm]))
+            name = site.bias or site.norm
+            if name is not None:  # a running mean is subtracted, so it moves the other way
+                with torch.no_grad():
+                    tensors[name].add_((shift if site.bias else -shift).to(tensors[name]))
         return entry, draft.mask
 
 

@@ -25,11 +25,11 @@ from .sites import Site, Stop, parameters
 from .walk import Walk
 
 F = torch.nn.functional
-LAYERS = {F.linear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, torch.addmm}
-ACTIVATIONS = {F.relu, torch.relu, torch.relu_, F.gelu, F.silu, F.hardswish, F.leaky_relu, F.elu, F.hardsigmoid,
-               F.relu6, F.sigmoid, torch.sigmoid, torch.tanh, F.tanh, F.mish, F.quick_gelu if hasattr(F, "quick_gelu") else F.gelu,
+LAYERS: set[Any] = {F.linear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, torch.addmm}
+ACTIVATIONS: set[Any] = {F.relu, torch.relu, torch.relu_, F.gelu, F.silu, F.hardswish, F.leaky_relu, F.elu, F.hardsigmoid,
+               F.relu6, F.sigmoid, torch.sigmoid, torch.tanh, F.tanh, F.mish,
                torch.Tensor.relu, torch.Tensor.relu_, torch.Tensor.sigmoid, torch.Tensor.tanh}  # fmt: skip
-ATTENTION = {F.scaled_dot_product_attention, F.softmax, torch.softmax, torch.Tensor.softmax}
+ATTENTION: set[Any] = {F.scaled_dot_product_attention, F.softmax, torch.softmax, torch.Tensor.softmax}
 
 
 class Operations(TorchFunctionMode):
@@ -65,6 +65,10 @@ class Operations(TorchFunctionMode):
         if self.calls == self.stop:
             raise Stop
         return out
+
+
+def _dot(a: Sequence[Tensor | None], b: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True) if x is not None]).sum()
 
 
 def _shares(a: Tensor, b: Tensor) -> bool:
@@ -124,6 +128,7 @@ class Window:
         while True:
             with torch.no_grad(), self._taping() as operations:
                 self.walk.through(self.index, self.last, entry)
+            assert self.steps is not None
             if len(operations.kept) > self.steps:
                 self.stop = operations.kept[self.steps][0]
                 return
@@ -198,7 +203,7 @@ class Window:
 
     def _loss(self, terms: list[Tensor], i: int) -> Tensor:
         differences = [f - t for f, t in zip(terms, self.targets[i], strict=True)]
-        return (self._squares(differences, self.weights[i]) / torch.tensor(self.scale, dtype=terms[0].dtype, device=terms[0].device)).sum()
+        return (self._squares(differences, self.weights[i]) / terms[0].new_tensor(self.scale)).sum()
 
     # -- Objective
 
@@ -228,8 +233,8 @@ class Window:
     def _loss_of(self, directions: list[Tensor], i: int) -> list[Tensor]:
         """The gradient of the loss at term differences `directions`: what its second derivative makes of them."""
         leaves = [d.detach().requires_grad_(True) for d in directions]
-        scale = torch.tensor(self.scale, dtype=leaves[0].dtype, device=leaves[0].device)
-        return list(torch.autograd.grad((self._squares(leaves, self.weights[i]) / scale).sum(), leaves))
+        loss = (self._squares(leaves, self.weights[i]) / leaves[0].new_tensor(self.scale)).sum()
+        return list(torch.autograd.grad(loss, leaves))
 
     def product(self, w: Tensor, v: Tensor, part: Sequence[int] | None = None) -> Tensor:
         """Curvature times v: the Gauss-Newton matrix (positive semi-definite) or the exact Hessian.
@@ -254,7 +259,7 @@ class Window:
                 terms = self._terms(self.pairs[i].pruned)
                 if self.curvature == "hessian":
                     first = torch.autograd.grad(self._loss(terms, i), ps, create_graph=True, allow_unused=True)
-                    dot = sum((g * x).sum() for g, x in zip(first, vs, strict=True) if g is not None)
+                    dot = _dot(first, vs)
                     flat += self._flat(torch.autograd.grad(dot, ps, allow_unused=True))
                     continue
                 if self.curvature == "difference":
@@ -262,7 +267,7 @@ class Window:
                 else:  # J v by differentiating the vector-Jacobian product, which is linear in its seed
                     seeds = [torch.zeros_like(t, requires_grad=True) for t in terms]
                     pulled = torch.autograd.grad(terms, ps, seeds, create_graph=True, allow_unused=True)
-                    dot = sum((g * x).sum() for g, x in zip(pulled, vs, strict=True) if g is not None)
+                    dot = _dot(pulled, vs)
                     found = torch.autograd.grad(dot, seeds, retain_graph=True, allow_unused=True)
                     pushed = [torch.zeros_like(t) if j is None else j for j, t in zip(found, terms, strict=True)]
                 # Jᵀ M J v, with the weights and scales of the loss in M

@@ -1,7 +1,7 @@
 """One file per paper.  A method is a pure function over tensors.
 
 `select(problem, **options) -> Draft` chooses which weights stay; `solve(problem, draft, **options) -> Tensor` refits
-them.  Any mask goes with any solve.  `EVIDENCE` in each file says what `problem.objective` must be: None or "gram".
+them.  Any mask goes with any solve.  `EVIDENCE` in each file says what `problem.objective` must be: None, "gram" or "window".
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..objective import Gram
 from ..pattern import Pattern
 
 
 class Problem(NamedTuple):
-    """One layer: weight (groups, out, in) dense, the pattern it must follow, and the evidence."""
+    """Weights, the pattern they must follow, and the evidence.
+
+    One layer: weight (groups, out, in), dense.  A window over several layers: weight (entries,), and no one pattern.
+    objective: what EVIDENCE names (objective.Gram or window.Window); None where nothing is needed.
+    """
 
     weight: Tensor
     pattern: Pattern
-    objective: Gram
+    objective: Any
 
 
 class Draft(NamedTuple):
