@@ -106,4 +106,10 @@ def allocate(pattern: Pattern, weights: list[Tensor]) -> list[Pattern]:
         ties = int((w.abs() == threshold).sum())
         take = min(ties, keep - sum(budgets))
         budgets[i] += max(0, take)
-    return [replace(pattern, budget=max(1, b)) for b in budgets]
+    if keep < len(weights):
+        raise ValueError(f"{pattern} leaves {keep} weights for {len(weights)} layers; every layer needs one.")
+    for i, b in enumerate(budgets):  # a layer without any weight cuts the network: the largest layer gives one up for it
+        if b == 0:
+            budgets[max(range(len(budgets)), key=budgets.__getitem__)] -= 1
+            budgets[i] = 1
+    return [replace(pattern, budget=b) for b in budgets]
