@@ -101,7 +101,7 @@ class Gram:
             raise ValueError("the layer's calibration inputs are not finite; check the images and the weights for NaN.")
         scale = xx.diagonal(dim1=-2, dim2=-1).mean(-1)
         raw = self.xx.diagonal(dim1=-2, dim2=-1).mean(-1)
-        rounding = 64 * torch.finfo(xx.dtype).eps * raw
+        rounding = 8192 * torch.finfo(xx.dtype).eps * raw  # measured: centring sums of 10⁴ samples loses up to 2000 eps
         if ridge == 0 and bool((scale <= rounding).any()):
             raise ValueError(
                 "the calibration inputs of this layer are constant, so least squares without a ridge has no solution; "
