@@ -1,0 +1,88 @@
+"""The engine on real checkpoints and photographs."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+import hf_prune
+from hf_prune.sites import parameters
+
+
+def photographs(folder: Path, count: int, name: str = "vit-tiny-patch16-224-hf") -> torch.Tensor:
+    rows = pq.read_table(folder / "imagenet_sample1000_256.parquet", columns=["image"]).column("image")[:count].to_pylist()
+    images = [Image.open(io.BytesIO(row["bytes"])).convert("RGB") for row in rows]
+    return AutoImageProcessor.from_pretrained(folder / name, backend="pil")(images, return_tensors="pt")["pixel_values"]
+
+
+def vit(folder: Path) -> torch.nn.Module:
+    return AutoModelForImageClassification.from_pretrained(folder / "vit-tiny-patch16-224-hf").eval()
+
+
+@pytest.mark.parametrize("recipe", ["magnitude", "sparsegpt", "snows"])
+def test_transformers_and_timm_get_the_same_masks(shared_data: Path, recipe: str) -> None:
+    timm = pytest.importorskip("timm")
+    from safetensors.torch import load_file
+
+    pixels = photographs(shared_data, 16)
+    ours = vit(shared_data)
+    theirs = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
+    theirs.load_state_dict(load_file(shared_data / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"))
+    batches = list(pixels.split(8))
+    hf_prune.prune(ours, [{"pixel_values": b} for b in batches], recipe, nm="2:4", only=["vit.layers.0"])
+    hf_prune.prune(theirs, batches, recipe, nm="2:4", only=["blocks.0"])
+    a, b = parameters(ours), parameters(theirs)
+    fused = torch.cat([a[f"vit.layers.0.attention.{n}_proj.weight"] for n in "qkv"])
+    pairs = [(fused, b["blocks.0.attn.qkv.weight"])]
+    pairs += [(a[f"vit.layers.0.{x}.weight"], b[f"blocks.0.{y}.weight"])
+              for x, y in (("attention.o_proj", "attn.proj"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2"))]  # fmt: skip
+    for x, y in pairs:
+        assert int((x == 0).sum()) == x.numel() // 2
+        differing = float(((x == 0) != (y == 0)).float().mean())
+        assert differing <= (0.0 if recipe == "magnitude" else 1e-3), "rounding may move a tie, no more"
+
+
+def test_refitting_on_photographs_beats_the_mask_alone(shared_data: Path) -> None:
+    pixels = photographs(shared_data, 40)
+    fit, judge = pixels[:24], pixels[24:]
+    dense = vit(shared_data)
+    with torch.no_grad():
+        wanted = dense(judge).logits
+    errors = {}
+    for recipe in ("magnitude", "sparsegpt", "snows"):
+        model = vit(shared_data)
+        only = [f"vit.layers.{i}" for i in range(3)]
+        hf_prune.prune(model, [{"pixel_values": b} for b in fit.split(8)], recipe, nm="2:4", only=only)
+        with torch.no_grad():
+            errors[recipe] = float((model(judge).logits - wanted).square().sum() / wanted.square().sum())
+    assert errors["snows"] < errors["sparsegpt"] < errors["magnitude"]
+    assert errors["snows"] < 0.25
+
+
+def test_a_residual_network_for_small_images_through_the_api(shared_data: Path) -> None:
+    sys.path.insert(0, str(shared_data))
+    try:
+        loaders = pytest.importorskip("loaders")
+        model = loaders.cifar10_resnet(20)
+    finally:
+        sys.path.remove(str(shared_data))
+    rows = pq.read_table(shared_data / "cifar10_lossless_train_4000.parquet").slice(0, 64).to_pylist()
+    column = next(k for k, v in rows[0].items() if isinstance(v, dict))
+    pixels = torch.stack([torch.tensor(list(Image.open(io.BytesIO(r[column]["bytes"])).convert("RGB").tobytes())) for r in rows])
+    pixels = pixels.view(-1, 32, 32, 3).permute(0, 3, 1, 2).float() / 255
+    pixels = (pixels - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():
+        wanted = model(pixels)
+    report = hf_prune.prune(model, list(pixels.split(16)), "snows", nm="2:4")
+    pruned = [layer for layer in report.layers if layer["pattern"]]
+    assert len(pruned) == 18 and all(layer["kept"] * 2 <= layer["total"] for layer in pruned)
+    with torch.no_grad():
+        agreement = float((model(pixels).argmax(1) == wanted.argmax(1)).float().mean())
+    assert agreement > 0.9
