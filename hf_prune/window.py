@@ -48,10 +48,13 @@ class Operations(TorchFunctionMode):
         self.kept: list[tuple[int, bool, Tensor]] = []  # (raw call, is an activation, output)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func in LAYERS:
-            weight = (kwargs or {}).get("weight", args[1] if len(args) > 1 else None)
-            self.started |= torch.is_tensor(weight) and weight.untyped_storage().data_ptr() in self.weights
+        if func is F.hardsigmoid:  # torch has no second derivative for it; this is its definition
+            out = F.relu6(args[0] + 3) / 6
+        else:
+            out = func(*args, **(kwargs or {}))
+        if not self.started:
+            given = (*args, *(kwargs or {}).values())
+            self.started = any(torch.is_tensor(t) and t.untyped_storage().data_ptr() in self.weights for t in given)
         if not self.started:
             return out
         self.calls += 1
@@ -62,6 +65,8 @@ class Operations(TorchFunctionMode):
             if func in ACTIVATIONS and self.kept and _shares(self.kept[-1][2], out):
                 self.kept.pop()  # in place: the output before it is gone
             self.kept.append((self.calls, func in ACTIVATIONS, out))
+        elif func is F.multi_head_attention_forward:  # a whole attention operation in one call
+            self.kept.append((self.calls, False, out[0]))
         if self.calls == self.stop:
             raise Stop
         return out
@@ -133,6 +138,8 @@ class Window:
                 self.stop = operations.kept[self.steps][0]
                 return
             if self.last + 1 >= len(self.walk.units) or self.walk.mode == "prefix":
+                if not operations.kept:
+                    raise ValueError("no layer, convolution or activation known to snows follows this weight; use solve.k=null.")
                 return  # fewer than K operations follow: the window ends with the model's last unit
             self.last += 1
 
@@ -257,6 +264,7 @@ class Window:
                         moved = self._terms(self.pairs[i].pruned)
                         self.write(w)
                 terms = self._terms(self.pairs[i].pruned)
+                live = [k for k, t in enumerate(terms) if t.requires_grad]  # a parallel branch does not depend on ps
                 if self.curvature == "hessian":
                     first = torch.autograd.grad(self._loss(terms, i), ps, create_graph=True, allow_unused=True)
                     dot = _dot(first, vs)
@@ -266,13 +274,15 @@ class Window:
                     pushed = [((m - t) / step).detach() for m, t in zip(moved, terms, strict=True)]
                 else:  # J v by differentiating the vector-Jacobian product, which is linear in its seed
                     seeds = [torch.zeros_like(t, requires_grad=True) for t in terms]
-                    pulled = torch.autograd.grad(terms, ps, seeds, create_graph=True, allow_unused=True)
+                    pulled = torch.autograd.grad(
+                        [terms[k] for k in live], ps, [seeds[k] for k in live], create_graph=True, allow_unused=True
+                    )
                     dot = _dot(pulled, vs)
                     found = torch.autograd.grad(dot, seeds, retain_graph=True, allow_unused=True)
                     pushed = [torch.zeros_like(t) if j is None else j for j, t in zip(found, terms, strict=True)]
                 # Jᵀ M J v, with the weights and scales of the loss in M
                 form = self._loss_of(pushed, i)
-                flat += self._flat(torch.autograd.grad(terms, ps, form, allow_unused=True))
+                flat += self._flat(torch.autograd.grad([terms[k] for k in live], ps, [form[k] for k in live], allow_unused=True))
         ranks.sum_([flat])
         return flat / ranks.agree(float(len(part)))
 
