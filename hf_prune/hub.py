@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -86,7 +87,7 @@ def push(
     files = listing(folder)
     size = checkpoint.size(sum(path.stat().st_size for path in files.values()))
     title = message or f"{report['pattern']} by hf-prune"
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(token=token)
 
@@ -102,33 +103,42 @@ def push(
         again(lambda: api.create_branch(repo, branch=revision, exist_ok=True), f"creating the branch {revision}")
     at = revision or "main"
     tell(f"uploading {len(files)} files, {size}, to {repo}" + (f" ({revision})" if revision else ""))
-    own = set(files)
+
+    tries = 0
 
     def upload() -> str:
-        """One commit; "" when the repository held exactly this already."""
+        """One commit, from a state of the repository that was looked at; "" when it holds exactly this already."""
+        nonlocal tries
+        tries += 1
+        head = str(api.model_info(repo, revision=at).sha)
         if create_pr and (found := _same_pull_request(api, repo, title, files)):
             return found
-        if not create_pr and _same(api, repo, at, files):
+        there = _tree(api, repo, head)
+        if _same(there, files):
             return ""
-        info = api.upload_folder(
+        stale = [name for name in there if name not in files and _is_weight(name)]
+        # upload_folder would split a large folder into several commits; this is one, or none
+        info = api.create_commit(
             repo_id=repo,
-            folder_path=folder,
+            operations=[
+                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in files.items()),
+                *(CommitOperationDelete(path_in_repo=name) for name in stale),
+            ],
+            commit_message=title,
             revision=revision,
             create_pr=create_pr,
-            commit_message=title,
-            commit_description=f"{report['model']['source']} with {report['pattern']}" if create_pr else None,
-            allow_patterns=[re.sub(r"([\[\]*?])", r"[\1]", name) for name in sorted(own)],
-            delete_patterns=list(WEIGHTS),
+            parent_commit=head,
         )
-        return str(info.pr_url or info.commit_url) if create_pr else str(info.commit_url)
+        return str(info.pr_url if create_pr else info.commit_url)
 
     made_by = again(upload, f"uploading to {repo}")
-    if not create_pr and not again(lambda: _same(api, repo, at, files), f"checking {repo}"):
+    if not create_pr and not again(lambda: _same(_tree(api, repo, at), files), f"checking {repo}"):
         raise ValueError(f"{repo} does not hold what was uploaded: somebody else changed it meanwhile; look at its "
                          f"history, then push again.")  # fmt: skip
     if not made_by:
-        tell("the repository holds exactly this already; nothing was changed")
-    return made_by if create_pr else f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else "")
+        lost = "the commit had arrived, only the answer was lost"
+        tell(lost if tries > 1 else "the repository holds exactly this already; nothing was changed")
+    return made_by if create_pr and made_by else f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else "")
 
 
 def listing(folder: Path) -> dict[str, Path]:
@@ -152,17 +162,23 @@ def listing(folder: Path) -> dict[str, Path]:
 
 
 # ------------------------------------------------------------------------------------------------- is it there already
-def _same(api: HfApi, repo: str, revision: str, files: dict[str, Path]) -> bool:
-    """Whether the repository holds exactly these files (and no other weights) at this revision."""
-    from fnmatch import fnmatch
-
-    from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+def _tree(api: HfApi, repo: str, revision: str) -> dict[str, Any]:
+    """The files of a repository, name -> what the Hub knows of it."""
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        there = {e.path: e for e in api.list_repo_tree(repo, revision=revision) if hasattr(e, "blob_id")}
-    except (RevisionNotFoundError, EntryNotFoundError):  # an empty repository has no tree
-        return False
-    if any(name not in files and any(fnmatch(name, each) for each in WEIGHTS) for name in there):
+        return {each.path: each for each in api.list_repo_tree(repo, revision=revision) if hasattr(each, "blob_id")}
+    except EntryNotFoundError:  # an empty repository has no tree
+        return {}
+
+
+def _is_weight(name: str) -> bool:
+    return any(fnmatchcase(name, each) for each in WEIGHTS)
+
+
+def _same(there: dict[str, Any], files: dict[str, Path]) -> bool:
+    """Whether a repository's tree holds exactly these files, and no other weights."""
+    if any(name not in files and _is_weight(name) for name in there):
         return False
     return all(name in there and _equal(path, there[name]) for name, path in files.items())
 
@@ -187,7 +203,7 @@ def _hash(hashed: Any, handle: Any) -> str:
 def _same_pull_request(api: HfApi, repo: str, title: str, files: dict[str, Path]) -> str | None:
     """The address of an open pull request of this title that holds exactly these files."""
     for each in api.get_repo_discussions(repo, discussion_type="pull_request", discussion_status="open"):
-        if each.title == title and _same(api, repo, f"refs/pr/{each.num}", files):
+        if each.title == title and _same(_tree(api, repo, f"refs/pr/{each.num}"), files):
             return str(each.url)
     return None
 
@@ -279,7 +295,8 @@ def redact(text: str, token: str | None = None) -> str:
 
 def _line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]
+    said = re.sub(r" for url '.*", "", lines[0]) if lines else type(error).__name__
+    return said.rstrip(".")[:300]
 
 
 def _shown(text: str) -> str:

@@ -116,6 +116,7 @@ def register() -> None:
     """Make the format known to transformers; a second call does nothing."""
     if KEY not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         auto.register_quantization_config(KEY)(PackedConfig)
+    if KEY not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantizer(KEY)(PackedQuantizer)
 
 
