@@ -306,10 +306,12 @@ class Walk:
             return self.call(last, entry)
         out = self.call(i, entry)
         args = self._place(entry["call"])
+        history = entry.get("outputs", [None] * i)[:i]
         for j in range(i, last):
             link = self.links[j]
+            history = [*history, out]
             if link["form"] != "chain":
-                return self._glue(self._place(entry["batch"]), j, self._history(entry, j, out), link["form"], last)
+                return self._glue(self._place(entry["batch"]), j, history, link["form"], last)
             args = self._chained(link, out, args)
             out = self.units[j + 1].module(*args[0], **args[1])
         return out
@@ -319,9 +321,6 @@ class Walk:
         outs, ins = tree_leaves(out), tree_leaves(call)
         leaves = [v if kind == "value" else (outs if kind == "out" else ins)[v] for kind, v in link["plan"]]
         return tree_unflatten(leaves, link["spec"])
-
-    def _history(self, entry: dict[str, Any], i: int, out: Any) -> list[Any]:
-        return [*entry.get("outputs", [None] * i)[:i], out]
 
     def advance(self, i: int, entry: dict[str, Any]) -> dict[str, Any]:
         """The entry for unit i + 1 from unit i's entry, through unit i with its present weights."""
@@ -336,7 +335,7 @@ class Walk:
             if link["form"] == "chain":
                 following["call"] = self._chained(link, self._keep(out), entry["call"])
             else:
-                history = self._history(entry, i, out)
+                history = [*entry.get("outputs", [None] * i)[:i], out]
                 following["call"] = self._keep(self._glue(self._place(entry["batch"]), i, history, link["form"]))
         return following
 
