@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import methods, ranks, resume, sites, walk
+from . import methods, ranks, resume, sites, staged, walk
 from .collect import Pair, Target, find_junctions, grams, holding
 from .importance import importance
 from .objective import Gram
@@ -43,6 +43,10 @@ class Recipe:
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     seed: int = 0
+    stages: int = 1  # rising sparsities on the way to the pattern, each a run of its own from where the last one ended
+    schedule: str = "exponential"
+    fisher: dict[str, Any] = field(default_factory=dict)  # keyword arguments of staged.Options
+    batchnorm: str = "keep"  # keep, renew or auto: statistics of the pruned network on the calibration images
     # run
     samples: int = 256
     batch_size: int = 16
@@ -162,7 +166,8 @@ def prune(
     """Prune `model` in place.
 
     model: any nn.Module, its weights in float32 (or float64).  batches: what its forward takes, a tensor or a mapping
-    of keyword arguments; of a tuple the first entry is the input.  Labels are never used.
+    of keyword arguments; of a tuple the first entry is the input and the second its labels, which only `fisher.labels`
+    reads.  For fresh images at every stage: a function of the stage's number that returns them.
     checkpoint: a folder; every finished block is kept there, and a later call with the same model, batches and recipe
     goes on after the last one, to the same result bit for bit.
     Raises ValueError, in one sentence, for everything a user can mend.
@@ -170,6 +175,9 @@ def prune(
     tell = progress or (lambda event: None)
     began = time.perf_counter()
     torch.manual_seed(recipe.seed)
+    draw = batches if callable(batches) else None
+    batches = list(draw(0) if draw else batches)
+    labels = staged.labels_of(batches)
     batches = [b[0] if isinstance(b, (tuple, list)) else b for b in batches]
     if not batches:
         raise ValueError("no calibration batch was given; at least one image is needed.")
@@ -178,7 +186,15 @@ def prune(
         chosen = choose(model, small, recipe)
         target = Target(**recipe.target)
         tell({"event": "start", "layers": len(chosen.patterns)})
-        layers = run(model, batches, recipe, chosen, target, tell, Path(checkpoint) if checkpoint else None)
+        notes: list[str] = []
+        if staged.wanted(recipe):
+
+            def blocks(recipe: Recipe, patterns: dict[str, Any]) -> list[dict]:
+                return run(model, batches, recipe, replace(chosen, patterns=patterns), target, lambda event: None, None)
+
+            layers = staged.prune(model, batches, labels, recipe, chosen.units, tell, blocks, draw, notes)
+        else:
+            layers = run(model, batches, recipe, chosen, target, tell, Path(checkpoint) if checkpoint else None)
     done = {entry["name"]: entry for entry in layers}
     rows = [done.get(r.name) or dense_entry(r) for r in chosen.plan.rows]
     images = sum(len(sites._tensors(b)[0]) for b in batches)
@@ -192,6 +208,7 @@ def prune(
             "world_size": ranks.world_size(),
         },
         calibration={"samples": images},
+        notes=notes,
     )
 
 

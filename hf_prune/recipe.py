@@ -39,6 +39,7 @@ COMMAND_ONLY = (
     *("dry_run", "resume", "overwrite", "quiet", "verbose", "version", "compressed", "compressed_only"),
     *("push_to_hub", "push_revision", "private", "create_pr", "commit_message"),
 )
+NESTED = ("target", "fisher")  # keys that hold a mapping of options
 ROLES = ("mask", "solve", "refine")  # keys that name a method of hf_prune/methods and its options
 
 
@@ -128,6 +129,10 @@ KEYS: dict[str, Callable[[Any], str | None]] = {
     "solve": _method,
     "refine": _method,
     "target": _mapping,
+    "stages": _whole(1),
+    "schedule": _one_of("exponential", "linear", "cubic", "ratio"),
+    "fisher": _mapping,
+    "batchnorm": _one_of("keep", "renew", "auto"),
     "nm": _nm,
     "sparsity": _sparsity,
     "scope": _one_of(*SCOPES),
@@ -270,6 +275,8 @@ def resolve(
             problems += _options(role, merged[role], origin[role])
     if "target" in merged:
         problems += _target(merged["target"], origin["target"])
+    if "fisher" in merged:
+        problems += _fisher(merged["fisher"], origin["fisher"])
     if merged.get("mask", ...) is None:
         problems.append(f"{origin['mask']}: a mask method is needed, found none.")
     both = [name for name in merged.get("only", ()) if name in merged.get("skip", ())]
@@ -347,7 +354,7 @@ def _typed(flags: Mapping[str, Any], sets: Iterable[str], problems: list[str]) -
             continue
         if not _known(key, "--set", problems):
             continue
-        if inner and key not in ROLES and key != "target":
+        if inner and key not in ROLES and key not in NESTED:
             problems.append(f"--set {path}: {key} has no inner keys.")
             continue
         try:
@@ -366,7 +373,7 @@ def _typed(flags: Mapping[str, Any], sets: Iterable[str], problems: list[str]) -
         if not _known(key, "flags", problems):
             continue
         flag = "--" + key.replace("_", "-")
-        if key in typed and typed[key] != value and key not in ROLES and key != "target":
+        if key in typed and typed[key] != value and key not in ROLES and key not in NESTED:
             problems.append(f"{flag} {_short(value)} and --set {key}={_short(typed[key])} contradict each other.")
         typed[key] = value
         origin[key] = flag
@@ -409,7 +416,7 @@ def _put(merged: dict[str, Any], key: str, value: Any) -> None:
         ):
             value = {**old, **value}
         merged[key] = dict(value) if isinstance(value, Mapping) else value
-    elif key == "target" and isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+    elif key in NESTED and isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
         merged[key] = {**merged[key], **value}
     elif key in ("only", "skip") and isinstance(value, str):
         merged[key] = [value]
@@ -444,6 +451,19 @@ def _target(value: Mapping[str, Any], origin: str) -> list[str]:
 
     parameters = inspect.signature(Target).parameters.values()
     return _arguments({p.name: p.default for p in parameters}, value, origin, "target")
+
+
+def _fisher(value: Mapping[str, Any], origin: str) -> list[str]:
+    from .staged import Options
+
+    parameters = inspect.signature(Options).parameters.values()
+    found = _arguments({p.name: p.default for p in parameters}, value, origin, "fisher")
+    if not found:
+        try:
+            Options(**value)
+        except ValueError as error:
+            found.append(f"{origin}: {error}")
+    return found
 
 
 def _arguments(valid: Mapping[str, Any], given: Mapping[str, Any], origin: str, name: str) -> list[str]:

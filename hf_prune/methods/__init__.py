@@ -35,8 +35,8 @@ class Draft(NamedTuple):
     mask: Tensor
 
 
-MASKS = ("magnitude", "wanda", "obs", "sparsegpt")
-SOLVES = ("least_squares", "snows")
+MASKS = ("magnitude", "wanda", "obs", "sparsegpt", "chita", "obd", "woodfisher", "mfac", "cbs", "alps", "obc")
+SOLVES = ("least_squares", "snows", "chita")
 
 
 def function(kind: str, name: str) -> Callable[..., Any]:

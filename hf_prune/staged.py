@@ -1,0 +1,312 @@
+"""Runs that see the whole model at once: Fisher evidence, and any method in several stages of rising sparsity.
+
+The block walk of loop.py gathers evidence layer by layer.  The gradients of the loss belong to all layers together, so
+here every weight to be pruned is one vector.  The two compose: a mask from gradients goes with a layer-wise solve and
+the other way round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import batchnorm, gradients, methods
+from .fisher import Fisher
+from .joined import SCHEDULES, Given, Joined, schedule
+from .pattern import Pattern, allocate
+from .sites import Site, _tensors, feed, parameters, quiet
+
+
+@dataclass(frozen=True)
+class Options(gradients.Rows):
+    """What `fisher:` in a recipe may say: which gradients (see gradients.Rows), and how a ridge is chosen.
+
+    ridges: tried one after the other in every stage; the one with the least loss on images kept out of the gradients
+    wins.  Empty: the ridge of the method.  held_out: share of the calibration images kept out for that and for
+    `batchnorm: auto`.  first_stage: sparsity of the first of several stages.
+    """
+
+    ridges: tuple[float, ...] | list[float] = ()
+    held_out: float = 0.2
+    first_stage: float = 0.1
+
+
+@dataclass
+class Run:
+    model: nn.Module
+    sites: list[Site]
+    recipe: Any
+    options: Options
+    tell: Callable[[dict[str, Any]], None]
+    walk: Callable[[Any, dict[str, Any]], list[dict]]  # (recipe, pattern of each site) -> entries of the report
+    notes: list[str] = field(default_factory=list)
+
+    def weights(self) -> Tensor:
+        named = parameters(self.model)
+        return torch.cat([s.read(named[s.parameter]).flatten() for s in self.sites])
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        parts = flat.split([s.numel for s in self.sites])
+        return [part.view(s.shape) for part, s in zip(parts, self.sites, strict=True)]
+
+    def write(self, flat: Tensor) -> None:
+        named = parameters(self.model)
+        for s, w in zip(self.sites, self.split(flat), strict=True):
+            s.write(named[s.parameter], w)
+
+
+def roles(recipe: Any) -> tuple[str | None, str | None, str | None]:
+    """The evidence of mask, solve and refine; "none" where there is no such role."""
+    return tuple(methods.evidence(r["method"]) if r else "none" for r in (recipe.mask, recipe.solve, recipe.refine))  # type: ignore[return-value]
+
+
+def wanted(recipe: Any) -> bool:
+    """Whether a run needs this file."""
+    return recipe.stages > 1 or recipe.batchnorm != "keep" or "fisher" in roles(recipe)
+
+
+def labels_of(batches: list[Any]) -> list[Tensor | None]:
+    """The labels of (input, label) batches; None for a batch that has none."""
+    return [b[1] if isinstance(b, (tuple, list)) and len(b) > 1 and torch.is_tensor(b[1]) else None for b in batches]
+
+
+def prune(
+    model: nn.Module, batches: list[Any], labels: list[Tensor | None], recipe: Any, units: list[Any],
+    tell: Callable[[dict[str, Any]], None], walk: Callable[[Any, dict[str, Any]], list[dict]],
+    fresh: Callable[[int], Any] | None, notes: list[str],
+) -> list[dict]:  # fmt: skip
+    """All stages of a recipe, in place; returns one entry of the report per site and appends to `notes`.
+
+    walk(recipe, patterns): one run of the block walk.  fresh(t): batches of stage t, where the caller has new ones.
+    """
+    check(recipe)
+    options = Options(**recipe.fisher)
+    run = Run(model, [s for u in units for s in u.sites], recipe, options, tell, walk, notes)
+
+    def draw(t: int) -> tuple[list[Any], list[Tensor | None]]:
+        if t == 0 or fresh is None:
+            return batches, labels
+        given = list(fresh(t))
+        return [b[0] if isinstance(b, (tuple, list)) else b for b in given], labels_of(given)
+
+    return stages(run, draw, recipe.seed)
+
+
+def check(recipe: Any) -> None:
+    """Raises ValueError for settings that contradict each other, before anything is computed."""
+    if recipe.batchnorm not in batchnorm.CHOICES:
+        raise ValueError(f"batchnorm {recipe.batchnorm}: choose one of {', '.join(batchnorm.CHOICES)}.")
+    if recipe.schedule not in SCHEDULES:
+        raise ValueError(f"schedule {recipe.schedule}: choose one of {', '.join(SCHEDULES)}.")
+    if "fisher" in roles(recipe)[:2] and recipe.refine:
+        raise ValueError("refine works on layer-wise solves; with masks or solves from gradients set it to none.")
+
+
+def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]], seed: int) -> list[dict]:
+    recipe, began = run.recipe, time.perf_counter()
+    pattern: Pattern = recipe.pattern()
+    shapes = [s.shape for s in run.sites]
+    steps = schedule(recipe.schedule, recipe.stages, 1 - pattern.density, run.options.first_stage)
+    original = run.weights()
+    entries: list[dict] = []
+    dense_outputs: list[Tensor] | None = None
+    axes: list[int] | None = None
+    for t, sparsity in enumerate(steps):
+        batches, labels = draw(t)
+        train, kept_out = hold_out(batches, labels, run.options.held_out if judged(recipe, run.options) else 0.0, seed)
+        if kept_out[0] and kept_out[1][0] is None and dense_outputs is None:
+            dense_outputs = outputs(run.model, kept_out[0])
+        run.tell({"event": "stage", "text": f"stage {t + 1} of {len(steps)}: {100 * sparsity:.4g} % zeros"})
+        joined = Joined.of(pattern, shapes, sparsity)
+        note = f"stage {t + 1} of {len(steps)}: {100 * sparsity:.4g} % zeros"
+        fisher = None
+        if "fisher" in roles(recipe):
+            clock = time.perf_counter()
+            axes = axes or gradients.image_axis(run.model, run.sites, train[0][0])
+            order = shuffle(train, run.options, seed + t)
+            grads, kind = gradients.per_row(run.model, run.sites, *order, run.options, seed=seed + t, axes=axes)
+            first = run.options.first_order
+            if first and kind != "true":
+                raise ValueError(f"fisher.first_order: {kind} labels have none; it needs labelled images.")
+            if first is None:
+                first = kind == "true" and run.options.minibatch > 1
+            scale = 1 / run.options.minibatch if first else 0.0
+            fisher = Fisher(grads, run.weights(), [s.numel for s in run.sites], scale)
+            spent = time.perf_counter() - clock
+            note += f", {len(grads)} gradients of {run.options.minibatch} images, {kind} labels, {spent:.1f} s"
+        clock = time.perf_counter()
+        current = run.weights()
+        ridges: list[float | None] = list(run.options.ridges) or [None]
+        tried: list[tuple[float, float | None, Tensor]] = []
+        for ridge in ridges:
+            run.write(current)
+            entries = stage(run, joined, fisher, ridge, current)
+            if len(ridges) > 1:
+                tried.append((held_loss(run.model, kept_out, dense_outputs), ridge, run.weights()))
+        if tried:
+            losses = ", ".join(f"{r:g}: {v:.4f}" for v, r, _ in tried)
+            best = min((x for x in tried if x[0] == x[0]), key=lambda x: x[0])
+            run.write(best[2])
+            note += f", ridge {best[1]:g} by held-out loss ({losses})"
+        note += f", solved in {time.perf_counter() - clock:.1f} s"
+        note += settle_norms(run.model, recipe.batchnorm, train[0], kept_out, dense_outputs)
+        run.notes.append(note)
+        del fisher
+    return finish(run, entries, original, str(pattern), time.perf_counter() - began)
+
+
+def judged(recipe: Any, options: Options) -> bool:
+    return len(options.ridges) > 1 or recipe.batchnorm == "auto"
+
+
+def stage(run: Run, joined: Joined, fisher: Fisher | None, ridge: float | None, current: Tensor) -> list[dict]:
+    """One stage from the weights `current`, written into the model; entries where the block walk made some."""
+    recipe = run.recipe
+    mask_by, solve_by, _ = roles(recipe)
+    if "fisher" not in (mask_by, solve_by):
+        return run.walk(recipe, layer_patterns(run, joined, current))
+    if mask_by == "fisher":
+        draft = call("select", recipe.mask, methods.Problem(current, joined, fisher), ridge=ridge)  # type: ignore[arg-type]
+    else:
+        run.walk(replace(recipe, solve=None), layer_patterns(run, joined, current))
+        chosen = run.weights()
+        run.write(current)
+        mask = chosen != 0
+        draft = methods.Draft(current * mask, mask)
+    new = draft.weight
+    if solve_by == "fisher":
+        new = call("solve", recipe.solve, methods.Problem(current, joined, fisher), draft, ridge=ridge)  # type: ignore[arg-type]
+    elif solve_by != "none":
+        given = {s.name: Given(m, str(joined.pattern)) for s, m in zip(run.sites, run.split(draft.mask), strict=True)}
+        return run.walk(replace(recipe, mask={"method": "magnitude"}), given)
+    new = new * draft.mask
+    if not bool(torch.isfinite(new).all()):
+        raise ValueError("the solve gave weights that are not finite; raise the ridge or the number of gradients.")
+    run.write(new)
+    return []
+
+
+def layer_patterns(run: Run, joined: Joined, current: Tensor) -> dict[str, Any]:
+    """The pattern of each site for the block walk at this stage's sparsity."""
+    pattern = joined.pattern
+    if pattern.m:  # the coarse steps that N:M has: 3:4 on the way to 2:4
+        keep = max(pattern.n, min(pattern.m - 1, int(-(-(1 - joined.sparsity) * pattern.m // 1))))
+        made = [replace(pattern, n=keep)] * len(run.sites)
+    else:
+        made = allocate(replace(pattern, sparsity=joined.sparsity), run.split(current))
+    return {s.name: p for s, p in zip(run.sites, made, strict=True)}
+
+
+def call(kind: str, role: dict[str, Any], *problem: Any, ridge: float | None) -> Any:
+    given = {k: v for k, v in role.items() if k != "method"}
+    if ridge is not None and "ridge" in methods.options(kind, role["method"]):
+        given["ridge"] = ridge
+    return methods.function(kind, role["method"])(*problem, **given)
+
+
+def finish(run: Run, entries: list[dict], original: Tensor, pattern: str, seconds: float) -> list[dict]:
+    made = {e["name"]: e for e in entries}
+    final = run.weights()
+    out: list[dict] = []
+    for s, w, w0 in zip(run.sites, run.split(final), run.split(original), strict=True):
+        entry = {
+            "name": s.name, "shape": list(s.shape if s.shape[0] > 1 else s.shape[1:]), "pattern": pattern,
+            "kept": int((w != 0).sum()), "total": s.numel, "error_before": None, "error_after": None,
+            "weight_norm_ratio": float(w.norm() / w0.norm().clamp_min(1e-30)),
+            "seconds": seconds * s.numel / final.numel(), "dense_reason": None,
+        }  # fmt: skip
+        if s.name in made:
+            entry |= {k: made[s.name][k] for k in ("error_before", "error_after")}
+        run.tell({"event": "layer", "block": "", "index": len(out) + 1, "layers": len(run.sites), **entry})
+        out.append(entry)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ images kept out
+def hold_out(
+    batches: list[Any], labels: list[Tensor | None], share: float, seed: int
+) -> tuple[tuple[list[Any], list[Tensor | None]], tuple[list[Any], list[Tensor | None]]]:
+    """(train, held out), each (batches, labels); which are held out depends on how many there are and the seed only."""
+    if not share:
+        return (batches, labels), ([], [])
+    total = sum(len(_tensors(b)[0]) for b in batches)
+    out = max(1, round(share * total))
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    inner, outer = order[out:].sort().values, order[:out].sort().values
+    return pick(batches, labels, inner), pick(batches, labels, outer)
+
+
+def pick(batches: list[Any], labels: list[Tensor | None], which: Tensor) -> tuple[list[Any], list[Tensor | None]]:
+    """The images numbered `which`, in batches of the size they came in."""
+    (whole, known), *_ = gradients.chunks(batches, labels, sum(len(_tensors(b)[0]) for b in batches))
+    total, size = len(_tensors(whole)[0]), len(_tensors(batches[0])[0])
+    new, marks = [], []
+    for part in which.split(size):
+        cut = lambda t, part=part: t[part.to(t.device)] if torch.is_tensor(t) and t.dim() and len(t) == total else t  # noqa: E731
+        new.append(torch.utils._pytree.tree_map(cut, whole))
+        marks.append(None if known is None else known[part])
+    return new, marks
+
+
+def shuffle(
+    data: tuple[list[Any], list[Tensor | None]], options: Options, seed: int
+) -> tuple[list[Any], list[Tensor | None]]:
+    """Other images, in another order, for each stage."""
+    total = sum(len(_tensors(b)[0]) for b in data[0])
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    return pick(*data, order[: options.rows * options.minibatch] if options.rows else order)
+
+
+def outputs(model: nn.Module, batches: list[Any]) -> list[Tensor]:
+    with quiet(model), torch.no_grad():
+        return [gradients.logits_of(feed(model, b)).clone() for b in batches]
+
+
+def held_loss(model: nn.Module, kept_out: tuple[list[Any], list[Tensor | None]], dense: list[Tensor] | None) -> float:
+    """Loss on the images kept out: cross-entropy of their labels, else the divergence from the dense model's answer.
+
+    Infinite where the outputs are not finite, so that such a ridge never wins.
+    """
+    total, count = 0.0, 0
+    for i, z in enumerate(outputs(model, kept_out[0])):
+        label = kept_out[1][i]
+        if label is not None:
+            one = F.cross_entropy(z.double(), label.to(z.device), reduction="sum")
+        elif z.dim() == 2:
+            assert dense is not None
+            p, q = (t.double().log_softmax(-1) for t in (z, dense[i]))
+            one = F.kl_div(p, q, log_target=True, reduction="sum")
+        else:
+            assert dense is not None
+            one = (z - dense[i]).double().square().sum() / dense[i].double().square().mean()
+        total += float(one)
+        count += len(z)
+    value = total / max(1, count)
+    return value if value == value else float("inf")
+
+
+def settle_norms(
+    model: nn.Module, choice: str, batches: list[Any], kept_out: tuple[list[Any], list[Tensor | None]],
+    dense: list[Tensor] | None,
+) -> str:  # fmt: skip
+    """Re-estimate batch-norm statistics if `choice` says so; returns what to report."""
+    found = batchnorm.norms(model)
+    if choice == "keep" or not found:
+        return ""
+    saved = batchnorm.snapshot(found)
+    before = held_loss(model, kept_out, dense) if choice == "auto" else 0.0
+    batchnorm.renew(model, batches)
+    if choice == "renew":
+        return f", statistics of {len(found)} batch norms re-estimated"
+    after = held_loss(model, kept_out, dense)
+    if after < before:
+        return f", statistics of {len(found)} batch norms re-estimated (held-out loss {before:.4f} -> {after:.4f})"
+    with torch.no_grad():
+        batchnorm.restore(found, saved)
+    return f", batch-norm statistics kept (held-out loss {before:.4f}, re-estimated {after:.4f})"
