@@ -99,17 +99,21 @@ def units(model: nn.Module, found: Found, wanted: list[Site], batch: Any) -> tup
         feed(model, batch)
     once = {n for n, count in calls.items() if count == 1 and n}
     blocks = block_names(model, found.sites, once)
-    home = [next((b for b in blocks if s.parameter.startswith(b + ".")), s.module) for s in wanted]
+    home = [next((b for b in blocks if s.parameter.startswith(b + ".")), None) or _called(s.module, calls) for s in wanted]
     order = [n for n in calls if n in set(home)]  # dicts keep the order of the first call
+    # a unit cannot hold another: where a module with blocks in it also owns a weight, the blocks go first
+    outer = {n for n in order if any(m.startswith(n + ".") for m in order)}
     reasons = {}
-    made = {n: Unit(n, modules[n]) for n in order if n in once}
+    made = {n: Unit(n, modules[n]) for n in order if n in once and n not in outer}
     for s, name in zip(wanted, home, strict=True):
         if name in made:
             made[name].sites.append(s)
+        elif name in outer:
+            reasons[s.name] = f"its module {name} holds whole blocks"
         elif calls.get(name, 0) > 1:
             reasons[s.name] = f"its module {name} runs {calls[name]} times per forward"
         else:
-            reasons[s.name] = f"its module {name or '(the model itself)'} is never called as a module"
+            reasons[s.name] = f"its module {s.module or '(the model itself)'} is never called as a module"
     result = [u for u in made.values() if u.sites]
     for i, u in enumerate(result):
         for s in u.sites:
@@ -117,7 +121,11 @@ def units(model: nn.Module, found: Found, wanted: list[Site], batch: Any) -> tup
     return result, reasons
 
 
-Entry = tuple[list[Any], Any]  # leaves and tree spec of (args, kwargs)
+def _called(name: str, calls: dict[str, int]) -> str:
+    """The module of that name, or the nearest around it that is called: nn.MultiheadAttention never calls its out_proj."""
+    while name and name not in calls:
+        name = name.rpartition(".")[0]
+    return name
 
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size, nn.Module)
@@ -306,7 +314,7 @@ class Walk:
             return self.call(last, entry)
         out = self.call(i, entry)
         args = self._place(entry["call"])
-        history = entry.get("outputs", [None] * i)[:i]
+        history = self._place(entry.get("outputs", [None] * i)[:i])
         for j in range(i, last):
             link = self.links[j]
             history = [*history, out]
@@ -335,7 +343,7 @@ class Walk:
             if link["form"] == "chain":
                 following["call"] = self._chained(link, self._keep(out), entry["call"])
             else:
-                history = [*entry.get("outputs", [None] * i)[:i], out]
+                history = [*self._place(entry.get("outputs", [None] * i)[:i]), out]
                 following["call"] = self._keep(self._glue(self._place(entry["batch"]), i, history, link["form"]))
         return following
 

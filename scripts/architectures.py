@@ -245,12 +245,15 @@ TIMM_CLASSES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One architecture: `build()` gives the model in eval mode, `batch(n, seed)` what its forward takes."""
+    """One architecture: `build()` gives the same model each time, in eval mode, `batch(n, seed)` what its forward takes."""
 
     name: str
     library: str
-    build: Callable[[], nn.Module]
+    create: Callable[[], nn.Module]
     batch: Callable[[int, int], Any]
+
+    def build(self) -> nn.Module:
+        return settle(self.create(), self.batch(8, 100))
 
 
 def shake(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -267,6 +270,22 @@ def shake(model: nn.Module, seed: int = 0) -> nn.Module:
                 b.copy_(torch.randn(b.shape, generator=generator) * 0.1)
             elif name.endswith("running_var"):
                 b.copy_(torch.rand(b.shape, generator=generator) + 0.5)
+    return model.eval()
+
+
+def settle(model: nn.Module, batch: Any) -> nn.Module:
+    """Running statistics of batch norms as of one batch, so that signals neither die out nor explode with depth."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [m.momentum for m in norms]
+    for m in norms:
+        m.momentum = 1.0
+        m.train()
+    with torch.no_grad():
+        model(**batch) if isinstance(batch, dict) else model(batch)
+    for m, momentum in zip(norms, before, strict=True):
+        m.momentum = momentum
+        with torch.no_grad():
+            m.running_var.clamp_(min=1e-3)
     return model.eval()
 
 
