@@ -10,7 +10,8 @@ def cholesky(h: Tensor, what: str = "the Gram matrix") -> Tensor:
     """Lower factor of h (..., n, n).  Raises ValueError, naming rank and remedy, where h is not positive definite."""
     factor, info = torch.linalg.cholesky_ex(h)
     if bool((info != 0).any()):
-        rank = int(torch.linalg.matrix_rank(h.double(), hermitian=True).min())
+        spectrum = torch.linalg.eigvalsh(h.double())  # ascending; below the rounding of h's own precision counts as 0
+        rank = int((spectrum > h.shape[-1] * torch.finfo(h.dtype).eps * spectrum[..., -1:]).sum(-1).min())
         raise ValueError(
             f"{what} is singular (rank {rank} of {h.shape[-1]}); give more calibration images or a larger ridge."
         )
