@@ -191,6 +191,7 @@ class Walk:
         self.device = next(model.parameters()).device
         self.specs: dict[tuple, list[Any]] = {}
         self.links: list[dict[str, Any]] = []
+        self.behind = False  # the forward that runs has not come back to where it was taken up
         with quiet(model), torch.no_grad():
             inputs, outputs = self._record(batch)
             self.mode = "chain"
@@ -373,8 +374,17 @@ class Walk:
         def after(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             raise Reached(out)
 
-        for j, value in stubs.items():  # a clone each time: what follows may write into it
-            self.units[j].module.forward = lambda *a, value=value, **k: _copy(value)  # type: ignore[method-assign]
+        def stub(j: int) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                self.behind = self.behind and j != latest
+                return _copy(stubs[j])  # a clone each time: what follows may write into it
+
+            return forward
+
+        latest = max(stubs, default=-1)
+        self.behind = bool(stubs)
+        for j in stubs:
+            self.units[j].module.forward = stub(j)
         if last is None:
             hook = self.units[i].module.register_forward_pre_hook(before, with_kwargs=True)
         else:
@@ -385,6 +395,7 @@ class Walk:
         except Reached as reached:
             return reached.value
         finally:
+            self.behind = False
             for j in stubs:
                 del self.units[j].module.forward
         raise AssertionError("the forward ended before the unit was reached")

@@ -40,12 +40,13 @@ class Operations(TorchFunctionMode):
     dropped when the attention is seen, as in the authors' code.
     """
 
-    def __init__(self, weights: set[int], stop: int | None = None) -> None:
+    def __init__(self, walk: Walk, weights: set[int], stop: int | None = None) -> None:
         super().__init__()
-        self.weights, self.stop = weights, stop
+        self.walk, self.weights, self.stop = walk, weights, stop
         self.started = False
         self.calls = 0
         self.kept: list[tuple[int, bool, Tensor]] = []  # (raw call, is an activation, output)
+        self.inputs: list[Tensor | None] = []  # what each of them read; held, so that no storage is used anew
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.hardsigmoid:  # torch has no second derivative for it; this is its definition
@@ -55,17 +56,27 @@ class Operations(TorchFunctionMode):
         if not self.started:
             given = (*args, *(kwargs or {}).values())
             self.started = any(torch.is_tensor(t) and t.untyped_storage().data_ptr() in self.weights for t in given)
-        if not self.started:
+        if not self.started or self.walk.behind:  # what replay runs again on the way to the next unit does not count
             return out
         self.calls += 1
         if func in ATTENTION:
-            while self.kept and not self.kept[-1][1]:
+            # the layers that feed it: those that read what the last layer read, and those whose output it is given
+            self.inputs = self.inputs[: len(self.kept)]
+            reads = {_place(t) for t in (*args, *(kwargs or {}).values()) if torch.is_tensor(t)}
+            source = self.inputs[-1] if self.kept and not self.kept[-1][1] else None
+            while self.kept and not self.kept[-1][1] and (
+                _same_input(self.inputs[-1], source) or _place(self.kept[-1][2]) in reads
+            ):
                 self.kept.pop()
+                self.inputs.pop()
         elif func in LAYERS or func in ACTIVATIONS:
             if func in ACTIVATIONS and self.kept and _shares(self.kept[-1][2], out):
                 self.kept.pop()  # in place: the output before it is gone
+            given = next((t for t in (args[func is torch.addmm :] or (kwargs or {}).values()) if torch.is_tensor(t)), None)
+            self.inputs[len(self.kept) :] = [given]
             self.kept.append((self.calls, func in ACTIVATIONS, out))
         elif func is F.multi_head_attention_forward:  # a whole attention operation in one call
+            self.inputs[len(self.kept) :] = [None]
             self.kept.append((self.calls, False, out[0]))
         if self.calls == self.stop:
             raise Stop
@@ -76,8 +87,16 @@ def _dot(a: Sequence[Tensor | None], b: Sequence[Tensor]) -> Tensor:
     return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True) if x is not None]).sum()
 
 
+def _place(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+def _same_input(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and _shares(a, b) and a.storage_offset() == b.storage_offset())
+
+
 def _shares(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    return _place(a) == _place(b)
 
 
 CURVATURES = ("gauss-newton", "difference", "hessian")
@@ -146,7 +165,7 @@ class Window:
     @contextlib.contextmanager
     def _taping(self) -> Any:
         weights = {self.walk.model.get_parameter(s.parameter).untyped_storage().data_ptr() for s in self.sites}
-        with contextlib.suppress(Stop), self._kernel(), Operations(weights, self.stop) as operations:
+        with contextlib.suppress(Stop), self._kernel(), Operations(self.walk, weights, self.stop) as operations:
             yield operations
 
     def _kernel(self) -> Any:
