@@ -13,27 +13,36 @@ from .pattern import Pattern
 SCHEDULES = ("exponential", "linear", "cubic", "ratio")
 
 
-def schedule(kind: str, stages: int, goal: float, first: float = 0.1) -> list[float]:
+def schedule(
+    kind: str, stages: int, goal: float, first: float = 0.1, halvings: float | None = None, dwell: float = 0.0
+) -> list[float]:
     """The sparsity of each stage, the last being `goal`: how CHITA++ gets there (arXiv 2302.14623, Section 3.4).
 
     exponential: each step half of the one before; linear; cubic (Zhu and Gupta); ratio: the same share of what is left.
-    first: the sparsity of the first stage (of `ratio`: before it).  Raises ValueError for a kind that is not known.
+    first: the sparsity of the first stage (of `ratio`: before it).  halvings: how often the distance to the goal is
+    halved on the way (exponential only; None: at every step, as in the paper).  dwell: share of the stages, at the end,
+    that stay at the goal.  Raises ValueError for a kind that is not known.
     """
     if kind not in SCHEDULES:
         raise ValueError(f"schedule {kind}: choose one of {', '.join(SCHEDULES)}.")
     if stages == 1:
         return [goal]
+    ramp = max(1, round(stages * (1 - dwell)))
+    rest = [goal] * (stages - ramp)
+    if ramp == 1:
+        return [goal, *rest]
     first = min(first, goal)
-    last = stages - 1
+    last = ramp - 1
     if kind == "exponential":
-        steps = [first + (goal - first) * (1 - 2.0**-i) / (1 - 2.0**-last) for i in range(stages)]
+        rate = 1.0 if halvings is None else halvings / last
+        steps = [first + (goal - first) * (1 - 2.0 ** (-i * rate)) / (1 - 2.0 ** (-last * rate)) for i in range(ramp)]
     elif kind == "linear":
-        steps = [first + (goal - first) * i / last for i in range(stages)]
+        steps = [first + (goal - first) * i / last for i in range(ramp)]
     elif kind == "cubic":
-        steps = [goal + (first - goal) * (1 - i / last) ** 3 for i in range(stages)]
+        steps = [goal + (first - goal) * (1 - i / last) ** 3 for i in range(ramp)]
     else:
-        steps = [1 - (1 - first) * ((1 - goal) / (1 - first)) ** ((i + 1) / stages) for i in range(stages)]
-    return [*steps[:-1], goal]
+        steps = [1 - (1 - first) * ((1 - goal) / (1 - first)) ** ((i + 1) / ramp) for i in range(ramp)]
+    return [*(min(s, goal) for s in steps[:-1]), goal, *rest]
 
 
 @dataclass(frozen=True)

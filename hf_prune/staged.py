@@ -29,12 +29,18 @@ class Options(gradients.Rows):
 
     ridges: tried one after the other in every stage; the one with the least loss on images kept out of the gradients
     wins.  Empty: the ridge of the method.  held_out: share of the calibration images kept out for that and for
-    `batchnorm: auto`.  first_stage: sparsity of the first of several stages.
+    `batchnorm: auto`.  first_stage, halvings, dwell: of the way through several stages, see joined.schedule.
     """
 
     ridges: tuple[float, ...] | list[float] = ()
     held_out: float = 0.2
     first_stage: float = 0.1
+    halvings: float | None = None
+    dwell: float = 0.0
+
+
+    def way(self) -> tuple[float, float | None, float]:
+        return self.first_stage, self.halvings, self.dwell
 
 
 @dataclass
@@ -112,7 +118,7 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
     recipe, began = run.recipe, time.perf_counter()
     pattern: Pattern = recipe.pattern()
     shapes = [s.shape for s in run.sites]
-    steps = schedule(recipe.schedule, recipe.stages, 1 - pattern.density, run.options.first_stage)
+    steps = schedule(recipe.schedule, recipe.stages, 1 - pattern.density, *run.options.way())
     original = run.weights()
     entries: list[dict] = []
     dense_outputs: list[Tensor] | None = None

@@ -25,13 +25,15 @@ def select(
     active: float = 1.5,
     iterations: int = 50,
     tolerance: float = 1e-7,
+    pairs: int = 16,
 ) -> Draft:
     """Choose the support, then solve for the weights on it exactly (the paper's "back-solve", Section 3.3).
 
     ridge: λ.  block: what the quadratic model couples, see `Fisher.blocks`; the support is chosen over all weights.
     support: `magnitude` (CHITA-BSO of the authors' larger runs), `iht` (Algorithm 1: hard thresholding with line search
     on an active set of `active` times the weights kept, at most `iterations` steps), `cost` (`rounds` rounds of
-    removing what costs least once the others are refit), `splice` (cost, then swaps while the objective falls).
+    removing what costs least once the others are refit), `splice` (cost, then swaps while the objective falls,
+    many at once and in the end `pairs` of them one by one).
 
     Differs from the authors' code: the back-solve follows every support search, in a form that is stable at small
     ridges; the line search evaluates several step lengths at once, because with n:m groups the first breakpoint lies
@@ -48,7 +50,7 @@ def select(
     else:
         mask = removal(fisher, pattern, block, rounds)
         if support == "splice":
-            return splice(fisher, pattern, mask, block, iterations)
+            return splice(fisher, pattern, mask, block, iterations, pairs)
     return Draft(fisher.refit_blocks(mask, block), mask)
 
 
@@ -58,7 +60,7 @@ def solve(problem: Problem, draft: Draft, *, ridge: float = 1e-3, block: int | s
     return fisher.refit_blocks(draft.mask, block)
 
 
-def line_search(fisher: Fisher, pattern: Pattern, w: Tensor, g: Tensor, pieces: int = 12) -> tuple[Tensor, float]:
+def line_search(fisher: Fisher, pattern: Pattern, w: Tensor, g: Tensor, pieces: int = 16) -> tuple[Tensor, float]:
     """The best w⁺ = P(w - τ g) over τ, and its objective.
 
     Q(P(w - τ g)) is piecewise quadratic in τ.  On the piece that starts at 0 the support stands still and the minimiser
@@ -69,17 +71,23 @@ def line_search(fisher: Fisher, pattern: Pattern, w: Tensor, g: Tensor, pieces: 
     on = g * mask
     bend = fisher.times(on).double().square().sum() + fisher.n * fisher.ridge * on.double().square().sum()
     cauchy = float(on.double().square().sum() / bend.clamp_min(torch.finfo(torch.float64).tiny))
-    steps = [cauchy * 2.0**k for k in range(3 - pieces, 3)]
-    trial = torch.stack([z * pattern.mask(z.abs()) for z in (w - t * g for t in steps)])  # (pieces, p)
-    d = trial - fisher.weight
-    r = d.to(fisher.grads.dtype) @ fisher.grads.mT + fisher.first
-    q = 0.5 * r.double().square().sum(1) + 0.5 * fisher.n * fisher.ridge * d.double().square().sum(1)
-    best = int(q.argmin())
-    new, value = trial[best], float(q[best])
+    new, value, tau = w, float(fisher.value(w)), 0.0
+    for round_ in range(2):  # steps a factor 2 apart, then between the neighbours of the best
+        steps = [cauchy * 2.0**k for k in range(7 - pieces, 7)] if round_ == 0 else [
+            tau * 2.0 ** (k / (pieces // 2)) for k in range(-pieces // 2 + 1, pieces // 2) if k]  # fmt: skip
+        trial = torch.stack([z * pattern.mask(z.abs()) for z in (w - t * g for t in steps)])  # (pieces, p)
+        d = trial - fisher.weight
+        r = d.to(fisher.grads.dtype) @ fisher.grads.mT + fisher.first
+        q = 0.5 * r.double().square().sum(1) + 0.5 * fisher.n * fisher.ridge * d.double().square().sum(1)
+        best = int(q.argmin())
+        if float(q[best]) < value:
+            new, value, tau = trial[best], float(q[best]), steps[best]
+        if tau == 0.0:
+            return new, value
     # within the piece of the winner the objective is one parabola: go to its bottom if the support allows
     s = new != 0
     gs = g * s
-    base = new + steps[best] * gs  # the point of the piece's line at τ = 0
+    base = new + tau * gs  # the point of the piece's line at τ = 0
     slope_r, at = fisher.times(gs).double(), (fisher.times(base - fisher.weight) + fisher.first).double()
     shift = (base - fisher.weight).double()
     nl = fisher.n * fisher.ridge
@@ -159,10 +167,15 @@ def gains(fisher: Fisher, w: Tensor, mask: Tensor, block: int | str | None) -> T
     return torch.where(mask, 0.0, torch.cat(out)).to(w.dtype)
 
 
-def splice(fisher: Fisher, pattern: Pattern, mask: Tensor, block: int | str | None, iterations: int) -> Draft:
-    """Swap the cheapest kept weights for the most gainful removed ones while the objective falls, fewer each time."""
-    w = fisher.refit_blocks(mask, block)
-    value = blocked_value(fisher, w, block)
+def splice(
+    fisher: Fisher, pattern: Pattern, mask: Tensor, block: int | str | None, iterations: int, pairs: int
+) -> Draft:
+    """Swap the cheapest kept weights for the most gainful removed ones while the objective falls, then fewer."""
+    starts = []
+    for each in (mask, pattern.mask(fisher.weight.abs())):  # never worse than magnitude
+        w = fisher.refit_blocks(each, block)
+        starts.append((blocked_value(fisher, w, block), w, each))
+    value, w, mask = min(starts, key=lambda start: start[0])
     count = max(1, int(mask.sum()) // 20)
     for _ in range(iterations):
         cost, gain = costs(fisher, w, mask, block), gains(fisher, w, mask, block)
@@ -176,11 +189,44 @@ def splice(fisher: Fisher, pattern: Pattern, mask: Tensor, block: int | str | No
         after = blocked_value(fisher, new, block)
         if after < value * (1 - 1e-9):
             w, mask, value = new, new_mask, after
-        elif count == 1:
-            break
-        else:
+        elif count > 1:
             count = max(1, count // 4)
+        else:
+            better = one_swap(fisher, pattern, w, mask, value, cost, gain, block, pairs)
+            if better is None:
+                break
+            w, mask, value = better
     return Draft(w, mask)
+
+
+def one_swap(
+    fisher: Fisher, pattern: Pattern, w: Tensor, mask: Tensor, value: float, cost: Tensor, gain: Tensor,
+    block: int | str | None, pairs: int,
+) -> tuple[Tensor, Tensor, float] | None:  # fmt: skip
+    """The first of the `pairs` most promising single swaps that lowers the objective: (w, mask, value)."""
+    few = max(2, int(pairs**0.5) * 2)
+    newcomers = torch.where(mask, -torch.inf, gain).topk(min(few, int((~mask).sum()))).indices
+    trials = []
+    for i in newcomers.tolist():
+        score = torch.where(mask, cost.max() + cost, torch.full_like(cost, -1.0))
+        score[i] = 3 * cost.max() + 1
+        forced = pattern.mask(score)  # i enters, the cheapest of its group leaves
+        out = (mask & ~forced).nonzero().flatten()
+        if len(out) != 1:
+            continue
+        trials.append((float(gain[i] - cost[out[0]]), forced))
+        again = score.clone()
+        again[out[0]] = score.max()  # and the second cheapest
+        second = pattern.mask(again)
+        if int((second != mask).sum()) == 2:
+            trials.append((float(gain[i] - cost[(mask & ~second).nonzero()[0, 0]]), second))
+    trials.sort(key=lambda trial: -trial[0])
+    for _, other in trials[:pairs]:
+        new = fisher.refit_blocks(other, block)
+        after = blocked_value(fisher, new, block)
+        if after < value * (1 - 1e-9):
+            return new, other, after
+    return None
 
 
 def blocked_value(fisher: Fisher, w: Tensor, block: int | str | None) -> float:

@@ -1,0 +1,397 @@
+"""The quadratic model of the loss and the methods on it, against closed forms and brute force."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import hf_prune
+from hf_prune import assets, staged
+from hf_prune.fisher import Fisher
+from hf_prune.joined import Joined, schedule
+from hf_prune.methods import Draft, Problem, cbs, chita, mfac, obc, sparsegpt, woodfisher
+from hf_prune.objective import Gram
+from hf_prune.pattern import Pattern
+
+PATTERNS = [{"nm": "2:4"}, {"nm": "1:4"}, *({"sparsity": 0.7, "scope": s} for s in ("layer", "row", "model"))]
+RECIPES = ["chita", "chita-plus-plus", "obd", "woodfisher", "mfac", "cbs", "alps", "obc"]
+
+
+def problem(n=7, p=12, sparsity=0.5, nm=None, first=0.0, ridge=0.05, seed=0) -> Problem:
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(p, generator=g).double()
+    fisher = Fisher(torch.randn(n, p, generator=g).double(), weight, [p], first, ridge)
+    pattern = Pattern.parse(nm) if nm else Pattern.unstructured(sparsity, "model")
+    return Problem(weight, Joined.of(pattern, [(1, 1, p)]), fisher)
+
+
+def supports(p, pattern):
+    """Every mask that the pattern allows and that keeps as much as it may."""
+    if pattern.pattern.m:
+        n, m = pattern.pattern.n, pattern.pattern.m
+        for choice in itertools.product(itertools.combinations(range(m), n), repeat=p // m):
+            mask = torch.zeros(p, dtype=torch.bool)
+            mask[[g * m + i for g, kept in enumerate(choice) for i in kept]] = True
+            yield mask
+    else:
+        for kept in itertools.combinations(range(p), int(pattern.mask(torch.rand(p)).sum())):
+            mask = torch.zeros(p, dtype=torch.bool)
+            mask[list(kept)] = True
+            yield mask
+
+
+# ------------------------------------------------------------------------------------------------------- quadratic
+@pytest.mark.parametrize("first", [0.0, 0.3])
+def test_value_gradient_and_product_agree(first):
+    fisher = problem(first=first).objective
+    w, v = torch.randn(12).double().requires_grad_(), torch.randn(12).double()
+    (g,) = torch.autograd.grad(fisher.value(w), w)
+    torch.testing.assert_close(fisher.gradient(w.detach()), g)
+    step = (fisher.gradient(w.detach() + v) - fisher.gradient(w.detach()))
+    torch.testing.assert_close(fisher.product(w, v), step)
+
+
+@pytest.mark.parametrize("first", [0.0, 0.3])
+@pytest.mark.parametrize("n", [3, 30])  # n x n and primal systems
+def test_the_back_solve_is_least_squares(n, first):
+    fisher = problem(n=n, p=16, first=first).objective
+    mask = torch.rand(16) < 0.5
+    root = (fisher.n * fisher.ridge) ** 0.5
+    a = torch.cat([fisher.grads, root * torch.eye(16).double()])
+    b = torch.cat([fisher.grads @ fisher.weight - first, root * fisher.weight])
+    expected = torch.zeros(16).double()
+    expected[mask] = torch.linalg.lstsq(a[:, mask], b[:, None]).solution[:, 0]
+    torch.testing.assert_close(fisher.refit(mask), expected)
+
+
+def test_the_back_solve_is_stable_in_float32_at_a_small_ridge():
+    g = torch.Generator().manual_seed(0)
+    grads, weight, mask = torch.randn(40, 3000, generator=g), torch.randn(3000, generator=g), torch.rand(3000) < 0.5
+    exact = Fisher(grads.double(), weight.double(), ridge=1e-7).refit(mask)
+    found = Fisher(grads, weight, ridge=1e-7).refit(mask)
+    assert float((found.double() - exact).norm() / exact.norm()) < 1e-5
+
+
+def test_leverages_are_the_diagonal_of_the_inverse():
+    fisher = problem().objective
+    mask = torch.rand(12) < 0.6
+    f = fisher.grads[:, mask].mT @ fisher.grads[:, mask] / fisher.n + fisher.ridge * torch.eye(int(mask.sum())).double()
+    torch.testing.assert_close((1 - fisher.leverage(mask, None, mask)) / fisher.ridge, torch.linalg.inv(f).diagonal())
+
+
+def test_removal_costs_and_insertion_gains_are_exact():
+    fisher = problem(first=0.2).objective
+    mask = torch.tensor([True, False] * 6)
+    w = fisher.refit(mask)
+    value, nl = float(fisher.value(w)), fisher.n * fisher.ridge
+    cost, gain = chita.costs(fisher, w, mask, None), chita.gains(fisher, w, mask, None)
+    for i in range(12):
+        other = mask.clone()
+        other[i] = ~other[i]
+        change = float(fisher.value(fisher.refit(other))) - value
+        assert change == pytest.approx(nl / 2 * float(cost[i] if mask[i] else -gain[i]), rel=1e-6)
+
+
+def test_blocks_never_cross_layers_and_cover_everything():
+    fisher = Fisher(torch.randn(2, 1700), torch.randn(1700), [1200, 30, 470])
+    blocks = fisher.blocks(500)
+    assert [b.start for b in blocks] == [0, 600, 1200, 1230] and blocks[-1].stop == 1700
+    assert len(fisher.blocks("layer")) == 3 and len(fisher.blocks(None)) == 1
+    with pytest.raises(ValueError, match="expected a number of weights"):
+        fisher.blocks("row")
+
+
+# ----------------------------------------------------------------------------------------------------------- CHITA
+@pytest.mark.parametrize("nm", [None, "2:4"])
+def test_chita_against_every_support(nm):
+    """Never below the optimum, never above magnitude; swaps find the optimum in most cases and come close in all."""
+    hits, excess = {"iht": 0, "splice": 0}, {"iht": 0.0, "splice": 0.0}
+    for seed in range(6):
+        case = problem(p=12, nm=nm, seed=seed)
+        best = min(float(case.objective.value(case.objective.refit(m))) for m in supports(12, case.pattern))
+        start = float(case.objective.value(chita.select(case, ridge=0.05).weight))
+        for support in hits:
+            draft = chita.select(case, ridge=0.05, support=support)
+            value = float(case.objective.value(draft.weight))
+            assert best - 1e-9 <= value <= start * (1 + 1e-9), (support, seed)
+            assert int(draft.mask.sum()) == 6
+            hits[support] += value <= best * (1 + 1e-9)
+            excess[support] += (value - best) / start / 6
+    assert hits["splice"] >= 3 and excess["splice"] < 0.1, (hits, excess)
+    assert excess["iht"] < 0.5, (hits, excess)
+
+
+@pytest.mark.parametrize("nm", [None, "2:4"])
+def test_the_line_search_against_a_dense_grid(nm):
+    for seed in range(5):
+        case = problem(p=16, nm=nm, seed=seed)
+        fisher, w = case.objective, case.weight * case.pattern.mask(case.weight.abs())
+        g = fisher.gradient(w)
+        _, found = chita.line_search(fisher, case.pattern, w, g)
+        points = (w - t * g for t in torch.logspace(-4, 1, 2000))
+        steps = [fisher.value(z * case.pattern.mask(z.abs())) for z in points]
+        grid, start = float(min(steps)), float(fisher.value(w))
+        assert found <= start
+        assert start - found >= 0.8 * (start - grid), (seed, start, found, grid)
+
+
+# ---------------------------------------------------------------------------------------------------------- family
+def test_woodfisher_against_the_explicit_inverse():
+    case = problem(n=9, p=12, sparsity=0.5)
+    draft = woodfisher.select(case, ridge=0.1, block=4)
+    a, w = case.objective.grads, case.weight
+    inverse = torch.block_diag(*[torch.linalg.inv(a[:, b].mT @ a[:, b] / 9 + 0.1 * torch.eye(4)) for b in
+                                 (slice(0, 4), slice(4, 8), slice(8, 12))])  # fmt: skip
+    score = w.square() / inverse.diagonal()
+    mask = score >= score.sort(descending=True).values[5]
+    assert torch.equal(draft.mask, mask)
+    moved = w - inverse @ torch.where(mask, 0.0, w / inverse.diagonal())
+    torch.testing.assert_close(draft.weight, moved * mask)
+
+
+@pytest.mark.parametrize("nm", [None, "2:4"])
+def test_mfac_is_woodfisher_without_blocks(nm):
+    case = problem(n=9, p=20, nm=nm)
+    a, b = mfac.select(case, ridge=0.1), woodfisher.select(case, ridge=0.1, block=None)
+    assert torch.equal(a.mask, b.mask)
+    torch.testing.assert_close(a.weight, b.weight)
+
+
+@pytest.mark.parametrize("nm", [None, "2:4"])
+def test_cbs_is_never_worse_than_its_start_and_often_better(nm):
+    better = 0
+    for seed in range(10):
+        case = problem(n=6, p=24, nm=nm, seed=seed)
+        fisher = case.objective
+        draft = cbs.select(case, ridge=fisher.ridge)
+        start, end = cbs.damage(fisher, case.pattern.mask(case.weight.abs())), cbs.damage(fisher, draft.mask)
+        assert end <= start
+        assert torch.equal(case.pattern.mask(draft.mask.double()), draft.mask)
+        better += end < start
+    assert better >= 7
+
+
+def gram(rows=3, columns=8, samples=40, seed=0) -> Problem:
+    torch.manual_seed(seed)
+    weight = torch.randn(1, rows, columns).double()
+    found = Gram.zeros(weight)
+    found.add_inputs(torch.randn(1, samples, columns).double() @ torch.randn(columns, columns).double())
+    found.mix = 0.0
+    return Problem(weight, Pattern.unstructured(0.5, "row"), found)
+
+
+def greedy(h, w, steps):
+    """OBS on one row by definition: try every removal with everything else refit, take the cheapest."""
+    gone, losses = [], []
+    target = h @ w
+    kept = list(range(len(w)))
+    for _ in range(steps):
+        options = []
+        for i in kept:
+            rest = [j for j in kept if j != i]
+            new = torch.zeros_like(w)
+            if rest:
+                new[rest] = torch.linalg.solve(h[rest][:, rest], target[rest])
+            options.append((float((new - w) @ h @ (new - w)), i, new))
+        loss, i, new = min(options, key=lambda o: o[0])
+        gone.append(i)
+        losses.append(loss)
+        kept.remove(i)
+    return gone, losses, new
+
+
+def test_obc_against_the_greedy_definition():
+    case = gram()
+    h, _ = case.objective.normal(0.01)
+    draft = obc.select(case, ridge=0.01)
+    for r in range(3):
+        gone, _, new = greedy(h[0], case.weight[0, r], 4)
+        assert sorted(gone) == (~draft.mask[0, r]).nonzero().flatten().tolist()
+        torch.testing.assert_close(draft.weight[0, r], new, rtol=1e-3, atol=1e-4)
+
+
+def test_obc_ranks_the_increments_of_all_rows():
+    case = gram()._replace(pattern=Pattern.unstructured(0.5, "layer"))
+    h, _ = case.objective.normal(0.01)
+    draft = obc.select(case, ridge=0.01)
+    assert int(draft.mask.sum()) == 12
+    steps = []
+    for r in range(3):
+        gone, losses, _ = greedy(h[0], case.weight[0, r], 8)
+        rises = torch.tensor([0.0, *losses]).diff()
+        steps += [(float(rises[: k + 1].max()), r, gone[k]) for k in range(8)]
+    expected = {(r, i) for _, r, i in sorted(steps)[:12]}
+    assert {(r, i) for _, r, i in (~draft.mask).nonzero().tolist()} == expected
+
+
+def test_obc_follows_nm():
+    case = gram()._replace(pattern=Pattern.parse("2:4"))
+    draft = obc.select(case)
+    assert (draft.mask.view(-1, 4).sum(1) == 2).all()
+
+
+def test_sparsegpt_is_obs_from_left_to_right_on_one_row():
+    case = gram(rows=1)
+    draft = sparsegpt.select(case, damp=0.01)
+    h, _ = case.objective.normal(0.01)
+    w = case.weight[0, 0].clone()
+    for c in range(8):
+        if not draft.mask[0, 0, c]:
+            inverse = torch.linalg.inv(h[0][c:, c:])
+            w[c:] -= w[c] / inverse[0, 0] * inverse[0]
+    torch.testing.assert_close(draft.weight[0, 0], w * draft.mask[0, 0], rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- patterns and stages
+@pytest.mark.parametrize("kind", ["exponential", "linear", "cubic", "ratio"])
+def test_schedules_rise_to_the_goal(kind):
+    steps = schedule(kind, 15, 0.98, 0.1)
+    assert len(steps) == 15 and steps[-1] == 0.98 and steps == sorted(steps) and 0.09 < steps[0] < 0.31
+    assert schedule(kind, 1, 0.7) == [0.7]
+
+
+def test_the_exponential_schedule_halves_its_steps():
+    rises = torch.tensor(schedule("exponential", 6, 0.9, 0.1)).diff()
+    torch.testing.assert_close(rises[1:] / rises[:-1], torch.full((4,), 0.5))
+
+
+def test_a_schedule_may_go_slower_and_stay_at_the_goal():
+    steps = schedule("exponential", 20, 0.98, 0.5, halvings=4, dwell=0.25)
+    assert len(steps) == 20 and steps[0] == 0.5 and steps[13] < 0.98 and steps[14:] == [0.98] * 6
+    gaps = 0.98 - torch.tensor(steps[:14])
+    assert (gaps > 0).all() and (gaps.diff() < 0).all()
+
+
+def test_nm_is_reached_by_its_cheapest_removals():
+    pattern = Joined.of(Pattern.parse("2:4"), [(1, 2, 8)], 0.25)
+    score = torch.rand(16)
+    mask, full = pattern.mask(score), Pattern.parse("2:4").mask(score)
+    assert int((~mask).sum()) == 4 and bool((mask | ~full).all())
+    assert score[~mask].max() <= score[mask & ~full].min()
+
+
+# -------------------------------------------------------------------------------------------------------- whole runs
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+        nn.Conv2d(8, 16, 3, 2, 1, groups=2, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(),
+        nn.Linear(256, 24), nn.LayerNorm(24), nn.GELU(), nn.Linear(24, 5),
+    ).eval()  # fmt: skip
+
+
+def data(n=48, labels=True):
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(n, 3, 8, 8, generator=g), torch.randint(0, 5, (n,), generator=g)
+    return [(x[i : i + 16], y[i : i + 16]) if labels else x[i : i + 16] for i in range(0, n, 16)]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_every_method_follows_every_pattern(name, pattern):
+    assert name in assets.names("recipes")
+    model = net()
+    more = {"stages": 3} if name == "chita-plus-plus" else {}
+    report = hf_prune.prune(model, data(), name, **pattern, **more)
+    rows = [r for r in report.layers if r["pattern"]]
+    kept, total = sum(r["kept"] for r in rows), sum(r["total"] for r in rows)
+    goal = (1 - pattern["sparsity"]) if "sparsity" in pattern else int(pattern["nm"][0]) / 4
+    assert goal - 0.01 <= kept / total <= goal + 1e-9
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    weights = dict(model.named_parameters())
+    zeros = torch.cat([weights[r["name"]][weights[r["name"]] == 0] for r in rows])
+    assert len(zeros) == total - kept and not torch.signbit(zeros).any()
+    assert all(r["weight_norm_ratio"] < 1.5 for r in rows), [(r["name"], r["weight_norm_ratio"]) for r in rows]
+
+
+@pytest.mark.parametrize(
+    ("mask", "solve"),
+    [("chita", "least_squares"), ("chita", "snows"), ("obs", "chita"), ("magnitude", "chita"), ("woodfisher", "chita"),
+     ("sparsegpt", "none")],
+)  # fmt: skip
+def test_any_mask_with_any_solve_in_stages(mask, solve):
+    model = net()
+    report = hf_prune.prune(model, data(labels=False), {"mask": mask, "solve": solve, "stages": 2, "sparsity": 0.6})
+    rows = [r for r in report.layers if r["pattern"]]
+    assert abs(sum(r["kept"] for r in rows) / sum(r["total"] for r in rows) - 0.4) < 0.01
+    assert len(report.notes) == 2 and ("sampled labels" in report.notes[0]) == (mask != "sparsegpt")
+
+
+def test_a_chita_mask_stays_the_mask_of_another_solve():
+    first, second = net(), net()
+    hf_prune.prune(first, data(), {"mask": "chita", "solve": "none", "sparsity": 0.6})
+    hf_prune.prune(second, data(), {"mask": "chita", "solve": "least_squares", "sparsity": 0.6})
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        if a.dim() > 1:
+            assert torch.equal(a != 0, b != 0)
+
+
+def test_runs_repeat_to_the_bit():
+    made = [net(), net()]
+    for model in made:
+        hf_prune.prune(model, data(), "chita-plus-plus", stages=3, sparsity=0.7)
+    first, second = (list(m.state_dict().values()) for m in made)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_null_direction_moves_no_weight():
+    """LayerNorm makes the loss blind to a common shift of the rows before it; the refit must not wander along it."""
+    model = net()
+    mask = {"method": "chita", "ridge": 1e-8}
+    report = hf_prune.prune(model, data(), {"mask": mask, "solve": "none", "sparsity": 0.5})
+    assert max(r["weight_norm_ratio"] for r in report.layers) < 3
+
+
+def test_fresh_images_are_asked_for_at_every_stage():
+    asked = []
+
+    def draw(stage):
+        asked.append(stage)
+        return data()
+
+    hf_prune.prune(net(), draw, "chita-plus-plus", stages=3, sparsity=0.7)
+    assert asked == [0, 1, 2]
+
+
+def test_the_ridge_is_chosen_on_images_kept_out_of_the_gradients():
+    (train, _), (held, _) = staged.hold_out([torch.arange(10.0)[:, None]], [None], 0.2, 0)
+    assert sorted(torch.cat(train + held).flatten().tolist()) == list(range(10)) and len(torch.cat(held)) == 2
+    report = hf_prune.prune(net(), data(), "chita", sparsity=0.6)
+    assert "by held-out loss" in report.notes[0] and "batch" in report.notes[0]
+
+
+def test_renewed_statistics_undo_a_shift():
+    model = net()
+    before = [p.clone() for p in (model[1].running_mean, model[1].running_var)]
+    images = [b[0] for b in data(480)]
+    from hf_prune import batchnorm
+
+    assert batchnorm.renew(model, images) == 2
+    y = model[0](torch.cat(images))
+    torch.testing.assert_close(model[1].running_mean, y.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(model[1].running_var, y.var((0, 2, 3)), rtol=2e-2, atol=1e-3)
+    assert not torch.equal(before[0], model[1].running_mean) and not model[1].training and model[1].momentum == 0.1
+
+
+@pytest.mark.parametrize(
+    ("keys", "part"),
+    [
+        ({"fisher": {"label": "true"}}, "fisher has no option 'label'"),
+        ({"fisher": {"labels": "real"}}, "choose one of auto, true, sampled, projected"),
+        ({"schedule": "steep"}, "choose one of exponential, linear, cubic, ratio"),
+        ({"batchnorm": "no"}, "choose one of keep, renew, auto"),
+        ({"stages": 0}, "expected a whole number of at least 1"),
+        ({"mask": {"method": "chita", "support": "best"}}, "choose one of magnitude, iht, cost, splice"),
+        ({"mask": "chita", "refine": "snows"}, "refine works on layer-wise solves"),
+        ({"mask": "obd", "solve": "none", "fisher": {"first_order": True, "labels": "sampled"}}, "needs labelled"),
+    ],
+)
+def test_mistakes_are_explained(keys, part):
+    with pytest.raises(ValueError, match=part.replace("'", ".")):
+        hf_prune.prune(net(), data(), {"sparsity": 0.5, **keys})
+
+
+def test_the_draft_is_zero_off_the_mask():
+    draft = chita.select(problem(), ridge=0.1)
+    assert isinstance(draft, Draft) and bool((draft.weight[~draft.mask] == 0).all())
