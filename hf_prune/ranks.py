@@ -27,7 +27,11 @@ def sum_(tensors: Iterable[Tensor]) -> int:
     sent = 0
     if world_size() > 1:
         for t in tensors:
-            dist.all_reduce(t)
+            # NCCL carries device memory only
+            there = t.cuda() if dist.get_backend() == "nccl" and not t.is_cuda else t
+            dist.all_reduce(there)
+            if there is not t:
+                t.copy_(there)
             sent += t.numel() * t.element_size()
     return sent
 
@@ -46,5 +50,5 @@ def agree(value: float) -> float:
     if world_size() == 1:
         return value
     t = torch.tensor([value], dtype=torch.float64)
-    dist.all_reduce(t)
+    sum_([t])
     return float(t)
