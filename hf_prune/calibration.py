@@ -223,10 +223,18 @@ def images(
     )
 
 
-def batches(image_set: Iterable[tuple[Image.Image, Any]], loaded: Any, batch_size: int) -> Iterator[Any]:
-    """Batches as `hf_prune.prune` takes them: up to `batch_size` images through the model's own preprocessing."""
+def batches(
+    image_set: Iterable[tuple[Image.Image, Any]], loaded: Any, batch_size: int, classes: Any = None
+) -> Iterator[Any]:
+    """Batches as `hf_prune.prune` takes them: up to `batch_size` images through the model's own preprocessing.
+
+    classes: the model's class of each of the dataset's; with them a batch is (input, labels (images,)).
+    """
+    import torch
+
     for group in groups(image_set, batch_size):
-        yield loaded.batch(loaded.processor([image for image, _ in group]))
+        batch = loaded.batch(loaded.processor([image for image, _ in group]))
+        yield batch if classes is None else (batch, torch.tensor([classes[label] for _, label in group]))
 
 
 def groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

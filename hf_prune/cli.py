@@ -579,12 +579,33 @@ def _refuse_labels(judged: ImageSet, loaded: Loaded) -> None:
         match(judged.label_names, loaded.labels, loaded.num_classes)
 
 
+def _classes(calibration: ImageSet, loaded: Loaded, chosen: Run) -> Any:
+    """The model's class of each of the dataset's where gradients of the loss are needed and labels allow it, else None.
+
+    Raises ValueError where the recipe insists on labels and they do not match the model's classes.
+    """
+    from . import staged
+    from .labels import match
+
+    kind = chosen.recipe.fisher.get("labels", "auto")
+    if "fisher" not in staged.roles(chosen.recipe) or kind not in ("auto", "true"):
+        return None
+    if calibration.label_column is None or not loaded.has_logits:
+        return None
+    try:
+        return match(calibration.label_names, loaded.labels, loaded.num_classes).classes
+    except ValueError:
+        if kind == "true":
+            raise
+        return None  # `auto` then samples labels from the model, and the report says so
+
+
 def _batches(calibration: ImageSet, loaded: Loaded, chosen: Run) -> list[Any]:
     """The calibration batches. Raises ValueError where there are too few images to learn from."""
     from . import ranks
     from .calibration import batches
 
-    made = list(batches(calibration, loaded, chosen.recipe.batch_size))
+    made = list(batches(calibration, loaded, chosen.recipe.batch_size, _classes(calibration, loaded, chosen)))
     if ranks.agree(calibration.yielded) < 2:
         raise ValueError(f"--dataset {chosen.dataset} gave one usable image; calibration needs at least 2.")
     return made
