@@ -334,7 +334,7 @@ class Walk:
     def advance(self, i: int, entry: dict[str, Any]) -> dict[str, Any]:
         """The entry for unit i + 1 from unit i's entry, through unit i with its present weights."""
         if self.mode == "prefix" or i + 1 >= len(self.units):
-            return entry
+            return dict(entry)  # another object: what it leads to depends on the weights it is run with
         with quiet(self.model), torch.no_grad():
             out = self.call(i, entry)
             link = self.links[i]

@@ -1,0 +1,333 @@
+"""The loop on small networks: what is written, what never rises, and what happens when things go wrong."""
+
+import copy
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from hf_prune import sites
+from hf_prune.loop import Recipe, plan, prune
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+import architectures  # noqa: E402
+
+DEFAULT = Recipe(nm="2:4")
+KSTEP = Recipe(nm="2:4", mask={"method": "magnitude"}, solve={"method": "snows", "k": 2, "cg": 4}, target={"mix": 0.0})
+REFINED = Recipe(nm="2:4", refine={"method": "snows", "cg": 4})
+RECIPES = {"least squares": DEFAULT, "K-step": KSTEP, "refined": REFINED}
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return x + self.b(self.a(self.norm(x)).relu())
+
+
+class Plain(nn.Module):
+    """A module no library knows: stem, two residual blocks, head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.blocks, self.head = nn.ModuleList([Block(), Block()]), nn.Linear(8, 5)
+
+    def forward(self, image):
+        x = self.stem(image).flatten(2).mT
+        for b in self.blocks:
+            x = b(x)
+        return self.head(x.mean(1))
+
+
+def vit():
+    return next(c for c in architectures.cases() if c.name == "ViTForImageClassification")
+
+
+def images(n=3, size=4, pixels=16):
+    return [torch.randn(size, 3, pixels, pixels, generator=torch.Generator().manual_seed(k)) for k in range(n)]
+
+
+def state(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_every_planned_weight_of_a_transformer_changes_and_follows_the_pattern(recipe):
+    """Query, key, value and projection among them: code published with the paper leaves those as they were."""
+    case = vit()
+    model, batches = case.build(), [case.batch(4, s) for s in range(2)]
+    before = state(model)
+    planned = {r.name for r in plan(model, case.batch(2, 0), recipe).rows if r.pattern}
+    assert len(planned) == 18, "query, key, value, projection and two of the MLP, in three blocks"
+    report = prune(model, batches, recipe)
+    done = {r["name"]: r for r in report.layers if r["pattern"]}
+    assert set(done) == planned
+    for name, entry in done.items():
+        w = model.get_parameter(name)
+        kept = (w != 0).reshape(-1, 4).sum(1)
+        assert (kept <= 2).all() and entry["kept"] == int(kept.sum()), name
+        assert torch.isfinite(w).all() and not torch.signbit(w[w == 0]).any()
+        survivors = w != 0
+        moved = (w[survivors] - before[name][survivors]).abs() > 1e-6
+        assert moved.float().mean() > 0.5, f"{name}: its kept weights were not refit"
+    for name, tensor in model.state_dict().items():
+        if name not in planned and not name.endswith("bias"):
+            assert torch.equal(tensor, before[name]), f"{name} is not the loop's to change"
+
+
+def test_a_plain_module_is_pruned_and_dense_weights_have_reasons():
+    model = Plain()
+    report = prune(model, images(), DEFAULT)
+    reasons = {r["name"]: r["dense_reason"] for r in report.layers}
+    assert reasons["stem.weight"].startswith("stem") and reasons["head.weight"].startswith("classifier")
+    assert [n for n, why in reasons.items() if why is None] == [
+        f"blocks.{i}.{n}.weight" for i in range(2) for n in "ab"
+    ]  # fmt: skip
+    assert report.calibration["samples"] == 12
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert model.training and all(p.requires_grad for p in model.parameters()), "modes are restored"
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_layers_error_never_rises(mix, bias):
+    recipe = Recipe(nm="2:4", mask={"method": "magnitude"}, solve={"method": "least_squares", "ridge": 1e-6},
+                    target={"mix": mix, "bias": bias})  # fmt: skip
+    for entry in prune(Plain(), images(), recipe).layers:
+        if entry["pattern"]:
+            assert entry["error_after"] <= entry["error_before"] * (1 + 1e-5), entry["name"]
+
+
+def test_newton_steps_never_raise_the_loss_they_are_judged_by():
+    for entry in prune(Plain(), images(1), KSTEP).layers:  # one batch: step and judge are the same images
+        if entry["pattern"]:
+            assert entry["error_after"] <= entry["error_before"] * (1 + 1e-6), entry["name"]
+    for entry in prune(Plain(), images(), REFINED).layers:
+        if entry["pattern"]:
+            assert entry["refined"]["loss_after"] <= entry["refined"]["loss_before"]
+
+
+def test_refitting_brings_the_output_closer_than_magnitude_alone():
+    truth, fresh = Plain(), images(1, 16)[0]
+    errors = {}
+    for name, recipe in {**RECIPES, "magnitude": Recipe(nm="2:4", mask={"method": "magnitude"}, solve=None)}.items():
+        model = copy.deepcopy(truth)
+        prune(model, [i + 0 for i in images(8, 16)], recipe)
+        with torch.no_grad():
+            errors[name] = float((model.eval()(fresh) - truth.eval()(fresh)).square().mean())
+    assert all(errors[name] < 0.7 * errors["magnitude"] for name in RECIPES), errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_same_run_gives_the_same_bits(dtype):
+    first, second = Plain().to(dtype), None
+    second = copy.deepcopy(first)
+    for m in (first, second):
+        prune(m, [i.to(dtype) for i in images()], DEFAULT)
+    assert all(torch.equal(a, b) for a, b in zip(state(first).values(), state(second).values(), strict=True))
+
+
+def test_tuples_mappings_and_generators_of_batches_are_the_same_run():
+    class Named(Plain):
+        def forward(self, pixel_values):
+            return super().forward(pixel_values)
+
+    models = [Named() for _ in range(3)]
+    for m in models[1:]:
+        m.load_state_dict(models[0].state_dict())
+    prune(models[0], images(), DEFAULT)
+    prune(models[1], ((i, torch.zeros(len(i))) for i in images()), DEFAULT)
+    prune(models[2], [{"pixel_values": i} for i in images()], DEFAULT)
+    for m in models[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), models[0].state_dict().values(), strict=True))
+
+
+def test_the_callers_images_are_left_alone():
+    given = images()
+    kept = [i.clone() for i in given]
+    prune(Plain(), given, DEFAULT)
+    assert all(torch.equal(a, b) for a, b in zip(given, kept, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------- stopping
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_run_stopped_between_blocks_resumes_to_the_same_bits(recipe, tmp_path):
+    whole, broken = Plain(), None
+    original = state(whole)
+    broken = copy.deepcopy(whole)
+    expected = prune(whole, images(), recipe)
+
+    def stop(event):
+        if event["event"] == "layer" and event["block"] == "blocks.1":
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        prune(broken, images(), recipe, progress=stop, checkpoint=tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 1, "the finished block, and only that"
+    again = Plain()
+    again.load_state_dict(original)
+    seen = []
+    report = prune(again, images(), recipe, progress=lambda e: seen.append(e), checkpoint=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(state(again).values(), state(whole).values(), strict=True))
+    timeless = [{k: v for k, v in r.items() if k != "seconds"} for r in report.layers]
+    assert timeless == [{k: v for k, v in r.items() if k != "seconds"} for r in expected.layers]
+    assert len([e for e in seen if e["event"] == "layer"]) == 4, "restored layers are told too"
+
+
+def test_resuming_another_run_is_refused_with_the_difference(tmp_path):
+    model = Plain()
+    original = state(model)
+    prune(model, images(), DEFAULT, checkpoint=tmp_path)
+    model.load_state_dict(original)
+    with pytest.raises(ValueError, match=r"another run \(recipe differ\)"):
+        prune(model, images(), Recipe(nm="1:4"), checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=r"another run \(images differ\)"):
+        prune(model, images(2), DEFAULT, checkpoint=tmp_path)
+    with torch.no_grad():
+        model.head.bias.add_(1)
+    with pytest.raises(ValueError, match=r"another run \(weights differ\)"):
+        prune(model, images(), DEFAULT, checkpoint=tmp_path)
+
+
+def test_a_saved_block_that_was_damaged_is_named(tmp_path):
+    model = Plain()
+    original = state(model)
+    prune(model, images(), DEFAULT, checkpoint=tmp_path)
+    file = sorted(tmp_path.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:50])
+    model.load_state_dict(original)
+    with pytest.raises(ValueError, match=f"{file.name}: this saved block cannot be read"):
+        prune(model, images(), DEFAULT, checkpoint=tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_weights_that_are_not_numbers():
+    model = Plain()
+    with torch.no_grad():
+        model.blocks[1].a.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"blocks.1.a.weight: holds NaN or infinite values"):
+        prune(model, images(), DEFAULT)
+
+
+def test_images_that_are_not_numbers():
+    bad = images()
+    bad[1][0, 0, 0, 0] = torch.nan
+    model = Plain()
+    with pytest.raises(ValueError, match=r"blocks.0.a.weight: .*not finite"):
+        prune(model, bad, DEFAULT)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_constant_images_are_pruned_without_a_failure(recipe):
+    model = Plain()
+    truth = copy.deepcopy(model).eval()
+    blank = [torch.full((4, 3, 16, 16), 0.3)]
+    prune(model, blank, recipe)
+    for name in ("blocks.0.a.weight", "blocks.1.b.weight"):
+        w = model.get_parameter(name)
+        assert torch.isfinite(w).all() and ((w != 0).reshape(-1, 4).sum(1) <= 2).all()
+    with torch.no_grad():
+        assert torch.isfinite(model.eval()(blank[0])).all() and torch.isfinite(truth(blank[0])).all()
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_one_image_is_enough_to_run(recipe):
+    model = Plain()
+    prune(model, images(1, 1), recipe)
+    for i in range(2):
+        assert ((model.blocks[i].a.weight != 0).reshape(-1, 4).sum(1) <= 2).all()
+        assert torch.isfinite(model.blocks[i].b.weight).all()
+
+
+def test_no_images_at_all():
+    with pytest.raises(ValueError, match="at least one image"):
+        prune(Plain(), [], DEFAULT)
+
+
+def test_a_pattern_that_fits_no_weight():
+    with pytest.raises(ValueError, match=r"no weight of this model can follow 2:3: .*2:3 needs input channels divisible by 3"):
+        prune(Plain(), images(), Recipe(nm="2:3"))
+
+
+@pytest.mark.parametrize("given", [{}, {"nm": "2:4", "sparsity": 0.5}])
+def test_neither_or_both_patterns(given):
+    with pytest.raises(ValueError, match="either --nm N:M or --sparsity S"):
+        plan(Plain(), images()[0], Recipe(**given))
+
+
+def test_skip_and_only_choose_weights_and_give_reasons():
+    rows = {r.name: r for r in plan(Plain(), images()[0], Recipe(nm="2:4", skip=("blocks.0",))).rows}
+    assert rows["blocks.0.a.weight"].reason == "in --skip" and rows["blocks.1.a.weight"].pattern == "2:4"
+    rows = {r.name: r for r in plan(Plain(), images()[0], Recipe(nm="2:4", only=("blocks.*.b.weight",))).rows}
+    assert rows["blocks.0.a.weight"].reason == "not in --only" and rows["blocks.0.b.weight"].pattern == "2:4"
+
+
+def test_a_weight_tied_over_two_blocks_is_pruned_once():
+    model = Plain()
+    model.blocks[1].a.weight = model.blocks[0].a.weight
+    report = prune(model, images(), DEFAULT)
+    names = [r["name"] for r in report.layers if r["pattern"]]
+    assert names == ["blocks.0.a.weight", "blocks.0.b.weight", "blocks.1.b.weight"]
+    assert model.blocks[1].a.weight is model.blocks[0].a.weight
+    assert ((model.blocks[1].a.weight != 0).reshape(-1, 4).sum(1) <= 2).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- ranks
+
+
+def one_rank(rank, size, port, folder, recipe):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    torch.manual_seed(0)
+    model = Plain()
+    share = images(3)[rank::size]
+    prune(model, share, recipe)
+    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("recipe", [DEFAULT, KSTEP], ids=["least squares", "K-step"])
+def test_two_ranks_give_the_same_model_as_one(recipe, tmp_path):
+    """Uneven shares: two batches and one.  Both ranks end with the same bits, and with what one process makes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(one_rank, (2, port, str(tmp_path), recipe), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
+    assert all(torch.equal(ranks[0][k], ranks[1][k]) for k in ranks[0]), "both ranks hold the same model"
+    torch.manual_seed(0)
+    model = Plain()
+    dense = state(model)
+    if recipe is KSTEP:  # minibatches differ with the ranks' shares: the loss is the same, the steps are not
+        return
+    prune(model, images(3), recipe)
+    for name, w in model.state_dict().items():
+        assert torch.equal(w != 0, ranks[0][name] != 0), f"{name}: the masks differ"
+        assert torch.allclose(w, ranks[0][name], rtol=1e-3, atol=1e-4), name
+    assert any(not torch.equal(w, dense[name]) for name, w in model.state_dict().items())
+
+
+def test_sites_are_verified_against_the_plan():
+    """The loop reads back nothing: what `find` says is what is written."""
+    found = sites.find(Plain().eval(), images()[0])
+    assert [s.name for s in found.sites] == [
+        "stem.weight", *(f"blocks.{i}.{n}.weight" for i in range(2) for n in "ab"), "head.weight",
+    ]  # fmt: skip
