@@ -304,6 +304,7 @@ def _publish(args: Mapping[str, Any], folder: Path, say: Talk) -> None:
             message=args.get("commit_message"),
             token=args.get("token"),
             tell=say.aside,
+            bars=sys.stderr.isatty() and not say.quiet,
         )
     except ValueError as error:
         raise ValueError(f"{error} The result is complete in {folder}; later: hf-prune push {folder} "

@@ -257,11 +257,10 @@ def _transformers(name: str, folder: Path, state: dict[str, Tensor], trust_remot
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # the weights are unpacked by now
         stated = (config.architectures or [""])[0]
-        auto = getattr(transformers, stated, None) or (
-            transformers.AutoModelForImageClassification
-            if "ForImageClassification" in stated
-            else transformers.AutoModel
-        )
+        auto: Any = getattr(transformers, stated, None)
+        if not (isinstance(auto, type) and issubclass(auto, transformers.PreTrainedModel)):  # the name is not ours
+            has_head = "ForImageClassification" in stated
+            auto = transformers.AutoModelForImageClassification if has_head else transformers.AutoModel
         if hasattr(auto, "_model_mapping"):
             auto = auto._model_mapping[type(config)] if type(config) in auto._model_mapping else auto
         found = auto.from_pretrained(None, config=config, state_dict=state, dtype="auto", output_loading_info=True)

@@ -65,11 +65,12 @@ def push(
     message: str | None = None,
     token: str | None = None,
     tell: Callable[[str], None] = lambda text: None,
+    bars: bool = False,
 ) -> str:
     """Publish a folder that hf-prune wrote as the model repository `repo`; returns its address, or the pull request's.
 
     private: of a repository that is created; one that exists and is public is refused. revision: a branch, created
-    where it does not exist. tell: receives one line per step and per retry.
+    where it does not exist. tell: receives one line per step and per retry. bars: show the client's progress bars.
     Raises ValueError, in one sentence and without any token, for what cannot be published, and when the Hub refuses
     or cannot be reached; nothing is visible then, or everything.
     """
@@ -90,6 +91,10 @@ def push(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(token=token)
+    if not bars:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
 
     def again(work: Callable[[], T], what: str) -> T:
         return _patiently(work, what, repo, token, tell)
@@ -322,10 +327,6 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help="errors and the address only")
     parser.add_argument("--verbose", action="store_true", help="tracebacks")
     args = parser.parse_args(words)
-    if args.quiet or not sys.stderr.isatty():
-        from huggingface_hub.utils import disable_progress_bars
-
-        disable_progress_bars()
 
     def tell(text: str) -> None:
         if not args.quiet:
@@ -341,6 +342,7 @@ def run(words: Sequence[str]) -> int:
             message=args.commit_message,
             token=args.token,
             tell=tell,
+            bars=sys.stderr.isatty() and not args.quiet,
         )
     )
     return 0
