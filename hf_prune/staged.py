@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import batchnorm, gradients, methods
+from . import batchnorm, gradients, methods, ranks
 from .fisher import Fisher
 from .joined import SCHEDULES, Given, Joined, schedule
 from .pattern import Pattern, allocate
@@ -110,6 +110,12 @@ def check(recipe: Any) -> None:
         raise ValueError(f"batchnorm {recipe.batchnorm}: choose one of {', '.join(batchnorm.CHOICES)}.")
     if recipe.schedule not in SCHEDULES:
         raise ValueError(f"schedule {recipe.schedule}: choose one of {', '.join(SCHEDULES)}.")
+    alone = "fisher" in roles(recipe) or recipe.batchnorm != "keep"
+    if alone and ranks.world_size() > 1:
+        raise ValueError(
+            f"gradients and batch-norm statistics are gathered by one process, found {ranks.world_size()}. "
+            "Start without `accelerate launch`, or use a layer-wise recipe."
+        )
     if "fisher" in roles(recipe)[:2] and recipe.refine:
         raise ValueError("refine works on layer-wise solves; with masks or solves from gradients set it to none.")
 

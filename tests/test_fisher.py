@@ -392,6 +392,12 @@ def test_mistakes_are_explained(keys, part):
         hf_prune.prune(net(), data(), {"sparsity": 0.5, **keys})
 
 
+def test_several_processes_are_refused_and_not_run_apart(monkeypatch):
+    monkeypatch.setattr(staged.ranks, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match="by one process, found 2"):
+        hf_prune.prune(net(), data(), "chita", sparsity=0.5)
+
+
 def test_the_draft_is_zero_off_the_mask():
     draft = chita.select(problem(), ridge=0.1)
     assert isinstance(draft, Draft) and bool((draft.weight[~draft.mask] == 0).all())
