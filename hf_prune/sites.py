@@ -184,9 +184,8 @@ class Tape(TorchDispatchMode):
                 if transposed or w.shape != p.shape:
                     return None
                 spatial = p.dim() - 2
-                conv = Conv(
-                    tuple(p.shape[2:]), *(tuple(v) * (spatial if len(v) == 1 else 1) for v in (stride, padding, dilation)), groups
-                )
+                steps = [tuple(v) * (spatial if len(v) == 1 else 1) for v in (stride, padding, dilation)]
+                conv = Conv(tuple(p.shape[2:]), steps[0], steps[1], steps[2], groups)
                 return Use(name, None, False, conv, args[2], x, y)
             bias = args[0] if func is aten.addmm.default else None
             if func is aten.bmm.default:
@@ -249,13 +248,22 @@ def find(model: nn.Module, batch: Any) -> Found:
     uses: list[Use] = []
     norms: dict[int, str] = {}  # storage of a product's output -> running mean of the batch norm that reads it
 
+    made: dict[int, tuple[int, int]] = {}  # storage of a product's output -> its version and size when it was made
+
+    def product(use: Use) -> None:
+        uses.append(use)
+        made[use.y.untyped_storage().data_ptr()] = (use.y._version, use.y.numel())
+
     def other(func: Any, args: tuple, out: Any) -> None:
         if any(n in str(func) for n in NORMS) or "batch_norm" in str(func):
+            y = args[0]
+            if made.get(y.untyped_storage().data_ptr()) != (y._version, y.numel()):
+                return  # not a product's output, or one that was changed in place
             mean = next((a for a in args[1:] if torch.is_tensor(a) and a.untyped_storage().data_ptr() in buffers), None)
             if mean is not None:
-                norms[args[0].untyped_storage().data_ptr()] = buffers[mean.untyped_storage().data_ptr()]
+                norms[y.untyped_storage().data_ptr()] = buffers[mean.untyped_storage().data_ptr()]
 
-    with quiet(model), torch.no_grad(), Tape(named, uses.append, other):
+    with quiet(model), torch.no_grad(), Tape(named, product, other):
         result = feed(model, batch)  # noqa: F841  kept alive with `uses`, so that no storage is reused meanwhile
     if not uses:
         raise ValueError("the model's forward multiplied no parameter with its input; there is nothing to prune.")
@@ -308,7 +316,7 @@ def find(model: nn.Module, batch: Any) -> Found:
         if p.dim() >= 2 and name not in ranges and name.endswith("weight"):  # tokens and positions are no weights
             dense[name] = "no matrix product or convolution reads it unchanged"
     found = [s for s in sites.values() if s.parameter not in dense]
-    biases = {}
+    biases: dict[str, list[Site]] = {}
     for s in found:  # a bias shared by several sites cannot be refit for one of them
         if s.bias is not None:
             biases.setdefault(s.bias, []).append(s)
