@@ -6,7 +6,7 @@ JOBS   ?= 2
 INSTALLED := $(VENV)/.installed
 OFFLINE   := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint matrix clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)          ## prune the embedded model, offline, in less than a minute
@@ -14,6 +14,9 @@ demo: $(INSTALLED)          ## prune the embedded model, offline, in less than a
 
 test: lint                  ## lint, then every test
 	$(OFFLINE) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+matrix: $(INSTALLED)        ## every architecture, half an hour: writes docs/architectures.md
+	$(OFFLINE) OMP_NUM_THREADS=1 JOBS=$(JOBS) $(VENV)/bin/python scripts/architecture_matrix.py
 
 lint: $(INSTALLED)          ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -108,7 +108,7 @@ def allocate(pattern: Pattern, weights: list[Tensor]) -> list[Pattern]:
         budgets[i] += max(0, take)
     if keep < len(weights):
         raise ValueError(f"{pattern} leaves {keep} weights for {len(weights)} layers; every layer needs one.")
-    for i, b in enumerate(budgets):  # a layer without any weight cuts the network: the largest layer gives one up for it
+    for i, b in enumerate(budgets):  # no layer may lose all: the largest gives one up for it
         if b == 0:
             budgets[max(range(len(budgets)), key=budgets.__getitem__)] -= 1
             budgets[i] = 1

@@ -99,7 +99,9 @@ def units(model: nn.Module, found: Found, wanted: list[Site], batch: Any) -> tup
         feed(model, batch)
     once = {n for n, count in calls.items() if count == 1 and n}
     blocks = block_names(model, found.sites, once)
-    home = [next((b for b in blocks if s.parameter.startswith(b + ".")), None) or _called(s.module, calls) for s in wanted]
+    home = [
+        next((b for b in blocks if s.parameter.startswith(b + ".")), None) or _called(s.module, calls) for s in wanted
+    ]
     order = [n for n in calls if n in set(home)]  # dicts keep the order of the first call
     # a unit cannot hold another: where a module with blocks in it also owns a weight, the blocks go first
     outer = {n for n in order if any(m.startswith(n + ".") for m in order)}
@@ -122,7 +124,7 @@ def units(model: nn.Module, found: Found, wanted: list[Site], batch: Any) -> tup
 
 
 def _called(name: str, calls: dict[str, int]) -> str:
-    """The module of that name, or the nearest around it that is called: nn.MultiheadAttention never calls its out_proj."""
+    """The module of that name, or the nearest around it that is called: attention may not call its out_proj."""
     while name and name not in calls:
         name = name.rpartition(".")[0]
     return name
@@ -413,7 +415,7 @@ def _is_spec(s: Any) -> bool:
 
 
 def _alias(a: Any, b: Tensor) -> bool:
-    return (
+    return bool(
         torch.is_tensor(a) and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
         and a.shape == b.shape and a.stride() == b.stride() and a.storage_offset() == b.storage_offset()
     )

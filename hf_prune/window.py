@@ -26,7 +26,8 @@ from .walk import Walk
 
 F = torch.nn.functional
 LAYERS: set[Any] = {F.linear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, torch.addmm}
-ACTIVATIONS: set[Any] = {F.relu, torch.relu, torch.relu_, F.gelu, F.silu, F.hardswish, F.leaky_relu, F.elu, F.hardsigmoid,
+ACTIVATIONS: set[Any] = {F.relu, torch.relu, torch.relu_, F.gelu, F.silu, F.hardswish, F.leaky_relu, F.elu,
+               F.hardsigmoid,
                F.relu6, F.sigmoid, torch.sigmoid, torch.tanh, F.tanh, F.mish,
                torch.Tensor.relu, torch.Tensor.relu_, torch.Tensor.sigmoid, torch.Tensor.tanh}  # fmt: skip
 ATTENTION: set[Any] = {F.scaled_dot_product_attention, F.softmax, torch.softmax, torch.Tensor.softmax}
@@ -64,16 +65,20 @@ class Operations(TorchFunctionMode):
             self.inputs = self.inputs[: len(self.kept)]
             reads = {_place(t) for t in (*args, *(kwargs or {}).values()) if torch.is_tensor(t)}
             source = self.inputs[-1] if self.kept and not self.kept[-1][1] else None
-            while self.kept and not self.kept[-1][1] and (
-                _same_input(self.inputs[-1], source) or _place(self.kept[-1][2]) in reads
+            while (
+                self.kept
+                and not self.kept[-1][1]
+                and (_same_input(self.inputs[-1], source) or _place(self.kept[-1][2]) in reads)
             ):
                 self.kept.pop()
                 self.inputs.pop()
         elif func in LAYERS or func in ACTIVATIONS:
             if func in ACTIVATIONS and self.kept and _shares(self.kept[-1][2], out):
                 self.kept.pop()  # in place: the output before it is gone
-            given = next((t for t in (args[func is torch.addmm :] or (kwargs or {}).values()) if torch.is_tensor(t)), None)
-            self.inputs[len(self.kept) :] = [given]
+            operands = [t for t in (*args, *(kwargs or {}).values()) if torch.is_tensor(t)]
+            if func is torch.addmm:  # bias, input, weight
+                operands.pop(0)
+            self.inputs[len(self.kept) :] = [operands[0]]
             self.kept.append((self.calls, func in ACTIVATIONS, out))
         elif func is F.multi_head_attention_forward:  # a whole attention operation in one call
             self.inputs[len(self.kept) :] = [None]
@@ -92,7 +97,9 @@ def _place(t: Tensor) -> int:
 
 
 def _same_input(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and _shares(a, b) and a.storage_offset() == b.storage_offset())
+    return a is b or bool(
+        a is not None and b is not None and _shares(a, b) and a.storage_offset() == b.storage_offset()
+    )
 
 
 def _shares(a: Tensor, b: Tensor) -> bool:
@@ -158,7 +165,7 @@ class Window:
                 return
             if self.last + 1 >= len(self.walk.units) or self.walk.mode == "prefix":
                 if not operations.kept:
-                    raise ValueError("no layer, convolution or activation known to snows follows this weight; use solve.k=null.")
+                    raise ValueError("no operation known to snows follows this weight; use solve.k=null.")
                 return  # fewer than K operations follow: the window ends with the model's last unit
             self.last += 1
 
@@ -301,7 +308,8 @@ class Window:
                     pushed = [torch.zeros_like(t) if j is None else j for j, t in zip(found, terms, strict=True)]
                 # Jᵀ M J v, with the weights and scales of the loss in M
                 form = self._loss_of(pushed, i)
-                flat += self._flat(torch.autograd.grad([terms[k] for k in live], ps, [form[k] for k in live], allow_unused=True))
+                outs, heads = [terms[k] for k in live], [form[k] for k in live]
+                flat += self._flat(torch.autograd.grad(outs, ps, heads, allow_unused=True))
         ranks.sum_([flat])
         return flat / ranks.agree(float(len(part)))
 

@@ -1,4 +1,4 @@
-"""Where a layer's output joins the residual stream: found through scales, norms and moves, and not where it is gated."""
+"""Where a layer's output joins the residual stream: found through scales, norms and moves, not through gates."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_a_permutation_of_positions_as_in_shifted_windows():
     lambda m, y: y * torch.sigmoid(y),  # gated by itself
     lambda m, y: y.relu(),
     lambda m, y: y @ torch.linspace(-1, 1, 64, dtype=torch.float64).view(8, 8),  # channels mixed
-    lambda m, y: y * torch.rand(2, 6, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),  # per position
+    lambda m, y: y * torch.rand(2, 6, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
 ], ids=["gate", "relu", "mixing", "position"])  # fmt: skip
 def test_no_junction_where_the_way_is_not_a_scaled_permutation(after):
     assert look(Residual(nn.Linear(8, 8), after), TOKENS) is None

@@ -147,7 +147,9 @@ def test_tuples_mappings_and_generators_of_batches_are_the_same_run():
     prune(models[1], ((i, torch.zeros(len(i))) for i in images()), DEFAULT)
     prune(models[2], [{"pixel_values": i} for i in images()], DEFAULT)
     for m in models[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), models[0].state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(m.state_dict().values(), models[0].state_dict().values(), strict=True)
+        )
 
 
 def test_the_callers_images_are_left_alone():
@@ -262,7 +264,9 @@ def test_no_images_at_all():
 
 
 def test_a_pattern_that_fits_no_weight():
-    with pytest.raises(ValueError, match=r"no weight of this model can follow 2:3: .*2:3 needs input channels divisible by 3"):
+    with pytest.raises(
+        ValueError, match=r"no weight of this model can follow 2:3: .*2:3 needs input channels divisible by 3"
+    ):
         prune(Plain(), images(), Recipe(nm="2:3"))
 
 

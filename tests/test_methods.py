@@ -62,7 +62,9 @@ def test_every_mask_and_solve_keeps_exactly_the_pattern(mask, pattern, dtype):
             w = methods.function("solve", solve)(problem, draft)
             assert not w[~draft.mask].any() and torch.isfinite(w).all() and w.dtype == dtype
             chosen.verify(w)
-        assert torch.equal(draft.weight, start.weight) and torch.equal(draft.mask, start.mask), "a method writes no input"
+        assert torch.equal(draft.weight, start.weight) and torch.equal(draft.mask, start.mask), (
+            "a method writes no input"
+        )
         assert torch.equal(problem.weight, before.weight) and torch.equal(problem.objective.xx, before.objective.xx)
 
 
@@ -108,7 +110,9 @@ def test_least_squares_solves_the_masked_normal_equations(mix, bias):
     g = gram(mix=mix, bias=bias)
     mask = Pattern.parse("2:4").mask(g.weight.abs())
     draft = Draft(g.weight * mask, mask)
-    w = methods.function("solve", "least_squares")(Problem(g.weight, Pattern.parse("2:4"), g), draft, ridge=0.0, tolerance=1e-13)
+    w = methods.function("solve", "least_squares")(
+        Problem(g.weight, Pattern.parse("2:4"), g), draft, ridge=0.0, tolerance=1e-13
+    )
     xx, xd, _ = g.moments()
     for i, o in itertools.product(range(2), range(5)):
         s = mask[i, o]
@@ -150,7 +154,7 @@ def test_obs_scores_are_the_exact_cost_of_removing_one_weight():
 
 
 def obs_left_to_right(w, h, groups, keep):
-    """SparseGPT on one row, with the inverse of what is left computed anew at each column (Algorithm 1 by its definition)."""
+    """SparseGPT on one row, with the inverse of what is left computed anew at each column (Algorithm 1)."""
     w, n = w.clone(), len(w)
     mask = torch.ones(n, dtype=torch.bool)
     for j in range(n):

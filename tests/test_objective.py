@@ -54,7 +54,9 @@ def test_value_gradient_and_product_against_brute_force(bias, mix, weighted):
     v, h = torch.randn(G, O, I, dtype=D), 1e-4
     difference = (gram.value(w + h * v) - gram.value(w - h * v)) / (2 * h)
     assert torch.allclose((gram.gradient(w) * v).sum(), difference, rtol=1e-7)
-    hessian = torch.autograd.functional.hessian(lambda u: brute(gram, x, d, weight, u).sum(), w).view(w.numel(), w.numel())
+    hessian = torch.autograd.functional.hessian(lambda u: brute(gram, x, d, weight, u).sum(), w).view(
+        w.numel(), w.numel()
+    )
     assert torch.allclose(gram.product(w, v).flatten(), hessian @ v.flatten(), rtol=1e-9, atol=1e-9)
 
 
@@ -90,7 +92,7 @@ def test_sums_do_not_depend_on_the_batches_and_add_up():
 
 @pytest.mark.parametrize(("bias", "mix", "ridge"), itertools.product([False, True], [0.0, 0.5], [0.0, 0.1]))
 def test_the_masked_normal_equations_give_the_least_squares_solution(bias, mix, ridge):
-    """K = 0: on every support the solution is that of the samples themselves, with the ridge towards the dense weights."""
+    """K = 0: on every support the solution is that of the samples, with the ridge towards the dense weights."""
     gram, x, d, weight = problem(bias, mix, True)
     mask = torch.rand(G, O, I) > 0.5
     mask[..., 0] = True
@@ -110,7 +112,9 @@ def test_the_masked_normal_equations_give_the_least_squares_solution(bias, mix, 
         expected = torch.linalg.lstsq(rows[:, support], right[:, None]).solution[:, 0]
         assert torch.allclose(w[g, o][support], expected, rtol=1e-8, atol=1e-9)
         # and nothing near it is better
-        assert torch.allclose((rows[:, support].T @ (rows @ w[g, o] - right)), torch.zeros(int(support.sum()), dtype=D), atol=1e-7)
+        assert torch.allclose(
+            (rows[:, support].T @ (rows @ w[g, o] - right)), torch.zeros(int(support.sum()), dtype=D), atol=1e-7
+        )
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e3, 1e6])
@@ -149,13 +153,17 @@ def test_a_start_changes_nothing_but_the_way():
     mask = torch.rand(G, O, I) > 0.5
     start = torch.randn(G, O, I, dtype=D)
     kept = start.clone()
-    assert torch.allclose(masked_solve(h, b, mask, start, 1e-13), masked_solve(h, b, mask, None, 1e-13), rtol=1e-8, atol=1e-9)
+    assert torch.allclose(
+        masked_solve(h, b, mask, start, 1e-13), masked_solve(h, b, mask, None, 1e-13), rtol=1e-8, atol=1e-9
+    )
     assert torch.equal(start, kept), "inputs are not written"
 
 
 def test_a_singular_gram_names_rank_and_remedy():
     x = torch.randn(4, 2, dtype=D) @ torch.randn(2, 6, dtype=D)
-    with pytest.raises(ValueError, match=r"Gram matrix is singular \(rank 2 of 6\); give more calibration images or a larger ridge"):
+    with pytest.raises(
+        ValueError, match=r"Gram matrix is singular \(rank 2 of 6\); give more calibration images or a larger ridge"
+    ):
         cholesky(x.T @ x - 1e-9 * torch.eye(6, dtype=D))
 
 

@@ -49,7 +49,9 @@ def test_unstructured_counts_are_exact_also_with_ties(sparsity, scope, groups, r
     assert (mask.reshape(-1, size).sum(1) == expected).all()
 
 
-@pytest.mark.parametrize(("sparsity", "size", "kept"), [(0.5, 10, 5), (0.7, 10, 3), (0.9, 10, 1), (0.99, 10, 1), (0.3, 10, 7)])
+@pytest.mark.parametrize(
+    ("sparsity", "size", "kept"), [(0.5, 10, 5), (0.7, 10, 3), (0.9, 10, 1), (0.99, 10, 1), (0.3, 10, 7)]
+)
 def test_a_share_that_is_a_whole_number_is_not_lost_to_rounding(sparsity, size, kept):
     assert int(Pattern.unstructured(sparsity).mask(torch.arange(size).double()).sum()) == kept
 

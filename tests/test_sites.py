@@ -1,4 +1,7 @@
-"""Finding prunable weights: every kind of layer, the view (groups, out, in) and back, and columns that reproduce outputs."""
+"""Finding prunable weights: every kind of layer, the view (groups, out, in) and back, columns that give the outputs."""
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_prune import sites
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+import architectures  # noqa: E402
 
 
 class Lambda(nn.Module):
@@ -147,7 +153,9 @@ def test_multihead_attention_across_two_inputs_is_found_by_rows():
 
 
 def test_multihead_attention_with_a_shared_memory_is_found_by_rows():
-    model = Lambda(lambda m, x: m.attn(x, x[:, :3] * 2, x[:, :3] * 2)[0], attn=nn.MultiheadAttention(8, 2, batch_first=True))
+    model = Lambda(
+        lambda m, x: m.attn(x, x[:, :3] * 2, x[:, :3] * 2)[0], attn=nn.MultiheadAttention(8, 2, batch_first=True)
+    )
     used = check(model.double(), torch.randn(2, 5, 8, dtype=torch.float64))
     rows = [s.rows for s in used if s.parameter == "attn.in_proj_weight"]
     assert sorted(rows)[0] == (0, 8) and max(rows)[1] == 24
@@ -188,6 +196,7 @@ def test_a_square_conv1d_and_a_square_linear_are_told_apart():
 
 def test_a_plain_product_with_a_parameter():
     """What no module type would tell: x @ W.T, einsum and F.linear in a module of one's own."""
+
     class Own(nn.Module):
         def __init__(self):
             super().__init__()
@@ -254,6 +263,22 @@ def test_stem_head_sources_and_batch_norms():
     assert found.stem == {"0.weight"} and found.head == {"7.weight"}
     assert [s.norm for s in found.sites] == ["1.running_mean", "4.running_mean", None]
     assert [s.source for s in found.sites] == [0, 1, 2]
+
+
+def test_a_batch_norm_behind_something_else_is_not_the_layers_own():
+    """Its running mean cannot make good for a bias that an activation, in place or not, has come after."""
+    for between in (nn.ReLU(inplace=True), nn.ReLU(), nn.Upsample(scale_factor=2)):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), between, nn.BatchNorm2d(8))
+        assert one(model, torch.randn(2, 3, 9, 9)).norm is None, between
+
+
+def test_batch_norms_are_not_mistaken_when_memory_is_used_again():
+    """DenseNet normalises concatenations, which are freed, and whose place another layer's output then takes."""
+    case = next(c for c in architectures.cases() if c.name == "densenet121")
+    model = case.build()
+    for site in sites.find(model, case.batch(2, 0)).sites:
+        if site.norm is not None:
+            assert model.get_buffer(site.norm).numel() == site.shape[0] * site.shape[1], site.name
 
 
 def test_layers_that_read_the_same_tensor_share_a_source():

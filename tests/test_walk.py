@@ -236,6 +236,7 @@ def test_a_block_that_depends_on_more_than_its_arguments_runs_with_its_whole_pre
 
 def test_writing_in_place_does_not_reach_the_cache():
     """GhostNet's in-place ReLU overwrites a block's own input."""
+
     class Rough(Block):
         def forward(self, x):
             return x.relu_() + self.b(self.a(x))

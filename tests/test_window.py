@@ -57,7 +57,8 @@ class Convolutional(nn.Module):
     def __init__(self):
         super().__init__()
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)) for _ in range(3)
+            nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+            for _ in range(3)
         )
 
     def forward(self, x):
@@ -66,7 +67,9 @@ class Convolutional(nn.Module):
         return x
 
 
-def window(model, batches, name, steps, *, index=None, mix=0.0, curvature="gauss-newton", relative=True, whole_unit=False):
+def window(
+    model, batches, name, steps, *, index=None, mix=0.0, curvature="gauss-newton", relative=True, whole_unit=False
+):
     model = model.double().eval()
     for p in model.parameters():
         p.requires_grad_(False)
@@ -85,7 +88,10 @@ def window(model, batches, name, steps, *, index=None, mix=0.0, curvature="gauss
         drifted = dict(e)
         if mix:  # the pruned network's activations differ from the dense one's
             args, kwargs = e["call"]
-            drifted["call"] = (tuple(a + 0.1 * torch.randn(a.shape, generator=generator, dtype=D) for a in args), kwargs)
+            drifted["call"] = (
+                tuple(a + 0.1 * torch.randn(a.shape, generator=generator, dtype=D) for a in args),
+                kwargs,
+            )
         pairs.append(Pair(e, drifted))
     w = Window(way, i, changed, pairs, dense, steps, mix, relative, curvature)
     point = w.read() + 0.3 * torch.randn(w.read().shape, generator=generator, dtype=D)
@@ -143,14 +149,19 @@ def test_the_gauss_newton_product_against_an_explicit_jacobian(model, data, name
     w, point = window(model(), data(), name, steps)
     h = 1e-6
     with torch.no_grad():
-        columns = [(flat_terms(w, point + h * e) - flat_terms(w, point - h * e)) / (2 * h) for e in torch.eye(len(point), dtype=D)]
+        columns = [
+            (flat_terms(w, point + h * e) - flat_terms(w, point - h * e)) / (2 * h)
+            for e in torch.eye(len(point), dtype=D)
+        ]
     jacobian = torch.stack(columns, 1)
     v = torch.randn_like(point)
     assert torch.allclose(w.product(point, v), 2 * jacobian.T @ (jacobian @ v), rtol=1e-5, atol=1e-7)
     assert float(v @ w.product(point, v)) >= 0
 
 
-@pytest.mark.parametrize(("model", "data", "name", "steps"), [CASES[1], CASES[3], CASES[5], CASES[7]], ids=lambda v: str(v))
+@pytest.mark.parametrize(
+    ("model", "data", "name", "steps"), [CASES[1], CASES[3], CASES[5], CASES[7]], ids=lambda v: str(v)
+)
 def test_the_hessian_product_against_torchs_hessian(model, data, name, steps):
     w, point = window(model(), data(1), name, steps, curvature="hessian")
     (site,) = w.sites
@@ -161,7 +172,9 @@ def test_the_hessian_product_against_torchs_hessian(model, data, name, steps):
             module = w.walk.model.get_submodule(site.module)
             module._parameters["weight"], kept = p, module._parameters["weight"]
             try:
-                w.walk.model.get_parameter = lambda n: p if n == site.parameter else nn.Module.get_parameter(w.walk.model, n)
+                w.walk.model.get_parameter = lambda n: (
+                    p if n == site.parameter else nn.Module.get_parameter(w.walk.model, n)
+                )
                 terms = w._terms(w.pairs[0].pruned)
             finally:
                 del w.walk.model.get_parameter
@@ -241,7 +254,9 @@ def test_k_counts_attention_output_fc1_gelu_and_fc2(layer):
         sites.feed(w.walk.model, {"pixel_values": batch["pixel_values"].double()})
     order, block, terms = [], w.index, w.targets[0]
     for kind in SHAPES[layer]:
-        if order and ["attention", "fc1", "act", "fc2"].index(kind) < ["attention", "fc1", "act", "fc2"].index(order[-1][0]):
+        if order and ["attention", "fc1", "act", "fc2"].index(kind) < ["attention", "fc1", "act", "fc2"].index(
+            order[-1][0]
+        ):
             block += 1
         order.append((kind, block))
     assert len(terms) == 4, "K + 1 operations: the layer's own and three more"
