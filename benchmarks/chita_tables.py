@@ -88,6 +88,8 @@ def mlpnet() -> dict[str, Any]:
         "CHITA": {"mask": {"method": "chita", "ridge": 1e-4, "support": "cost"}, "solve": "none", "fisher": one},
         "CHITA mask + least squares": {"mask": {"method": "chita", "ridge": 1e-4}, "solve": "least_squares",
                                        "fisher": one},
+        "CHITA++ 15": {"mask": {"method": "chita", "ridge": 1e-3, "support": "cost", "rounds": 1}, "solve": "none",
+                       "fisher": fisher(1000, 16), "stages": 15, "augment": warp},
         "CHITA++ 30": {"mask": {"method": "chita", "ridge": 1e-3}, "solve": "none",
                        "fisher": fisher(500, 16, **slow), "stages": 30, "augment": warp},
         "CHITA++ 60, costs": {"mask": {"method": "chita", "ridge": 1e-3, "support": "cost", "rounds": 1},
