@@ -185,7 +185,8 @@ def main() -> None:
             spread = statistics.stdev(top) if len(top) > 1 else 0
             took = statistics.mean(r["cpu_seconds"] for r in runs)
             parts = f"wall: gradients {runs[0]['gradient_seconds']:.1f}, solves {runs[0]['solve_seconds']:.1f}"
-            print(f"  {name} {sparsity:g}: {statistics.mean(top):.2f} +- {spread:.2f}, {took:.1f} CPU s ({parts})", flush=True)
+            mean = statistics.mean(top)
+            print(f"  {name} {sparsity:g}: {mean:.2f} +- {spread:.2f}, {took:.1f} CPU s ({parts})", flush=True)
         result["rows"][name] = row
         if args.output:
             args.output.parent.mkdir(parents=True, exist_ok=True)
