@@ -179,7 +179,8 @@ def main() -> None:
                 gradients = sum(float(t) for t in re.findall(r"labels, ([\d.]+) s", said))
                 solving = sum(float(t) for t in re.findall(r"solved in ([\d.]+) s", said))
                 runs.append({"top1": accuracy(model, test), "cpu_seconds": seconds, "gradient_seconds": gradients,
-                             "solve_seconds": solving, "peak_host_bytes": report.resources["peak_host_bytes"]})  # fmt: skip
+                             "solve_seconds": solving,
+                             "peak_host_bytes": report.resources["peak_host_bytes"]})  # fmt: skip
             row.append(runs)
             top = [r["top1"] for r in runs]
             spread = statistics.stdev(top) if len(top) > 1 else 0
