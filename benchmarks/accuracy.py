@@ -66,12 +66,25 @@ def main() -> None:
             seconds, wall = time.process_time() - began, time.perf_counter() - wall
             found = outputs(loaded, module, pixels)
             error = float((found - dense).square().sum() / dense.square().sum())
-            runs.append({"draw": draw, "top1": accuracy(found, labels), "logit_error": error, "cpu_seconds": seconds, "seconds": wall})
-            print(f"  {name} draw {draw}: top-1 {100 * runs[-1]['top1']:.1f} %, logit error {error:.3f}, {seconds:.0f} CPU s", flush=True)
+            runs.append(
+                {
+                    "draw": draw,
+                    "top1": accuracy(found, labels),
+                    "logit_error": error,
+                    "cpu_seconds": seconds,
+                    "seconds": wall,
+                }
+            )
+            print(
+                f"  {name} draw {draw}: top-1 {100 * runs[-1]['top1']:.1f} %, logit error {error:.3f}, "
+                f"{seconds:.0f} CPU s",
+                flush=True,
+            )
         rows.append({"recipe": name, "runs": runs})
     result = {
-        "model": Path(args.model).name, "pattern": args.nm or args.sparsity, "samples": args.samples, "images": len(labels),
-        "half": args.half, "dense": accuracy(dense, labels), "threads": args.threads, "torch": torch.__version__, "rows": rows,
+        "model": Path(args.model).name, "pattern": args.nm or args.sparsity, "samples": args.samples,
+        "images": len(labels), "half": args.half, "dense": accuracy(dense, labels), "threads": args.threads,
+        "torch": torch.__version__, "rows": rows,
     }  # fmt: skip
     print(table(result))
     if args.output:
@@ -95,7 +108,8 @@ def spread(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
 
 def table(result: dict) -> str:
     lines = [
-        f"{result['model']}, {result['pattern']}, {result['samples']} calibration images, {result['images']} validation images,"
+        f"{result['model']}, {result['pattern']}, {result['samples']} calibration images, "
+        f"{result['images']} validation images,"
         f" dense {100 * result['dense']:.1f} %", "",
         "| recipe | top-1 % | logit error | CPU s | draws |", "|---|---|---|---|---|",
     ]  # fmt: skip

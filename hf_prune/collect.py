@@ -24,12 +24,14 @@ class Target:
     residual: a layer that adds to the residual stream aims at the stream, so that it makes good for earlier errors.
     bias: refit biases too (or the running mean of the batch norm that follows).
     importance: how far samples weigh by their influence on the model's output (importance.py) rather than alike.
+    metric: the same for the directions of a layer's output; couples the rows of a weight.
     """
 
     mix: float = 0.5
     residual: bool = True
     bias: bool = True
     importance: float = 0.9
+    metric: float = 0.0
 
 
 @dataclass

@@ -23,37 +23,50 @@ Key = tuple[int, Any]  # (source, conv): sites that share their input share its 
 
 
 def importance(
-    model: nn.Module, sites: list[Site], batches: list[Any], share: float, probes: int = 2, seed: int = 0, micro: int = 8
-) -> list[dict[Key, Tensor]]:
-    """One weight per sample of each layer's input, for every batch; the mean over all samples is 1.
+    model: nn.Module, sites: list[Site], batches: list[Any], share: float, metric: float = 0.0, probes: int = 2,
+    seed: int = 0, micro: int = 8,
+) -> tuple[list[dict[Key, Tensor]], dict[str, Tensor]]:  # fmt: skip
+    """(weights, metrics): what each sample and each direction of a layer's output weighs.
 
-    share: 0 weighs all samples alike, 1 by their influence alone.  probes: random vectors per image.  micro: images
-    that are differentiated together, which bounds the memory.  Layers whose output no module returns get no weights.
+    weights: one per sample of each layer's input, for every batch; the mean over all samples is 1.  metrics: by site
+    name (out, out), the second moment of the same gradients, which says in what directions an error at the output
+    moves the model; the mean of its diagonal is 1.
+    share, metric: 0 weighs all alike, 1 by influence alone.  probes: random vectors per image.  micro: images that are
+    differentiated together, which bounds the memory.  Layers whose output no module returns get neither.
     """
     modules = dict(model.named_modules())
+    moments: dict[str, Tensor] = {}
+    gather = moments if metric > 0 else None
     found: list[dict[Key, Tensor]] = []
     for batch in batches:
         pieces: dict[Key, list[Tensor]] = {}
         size = len(_tensors(batch)[0])
         for first in range(0, size, micro):
             part = tree_map(lambda t, a=first: t[a : a + micro] if torch.is_tensor(t) and t.dim() else t, batch)
-            for key, value in _influence(model, modules, sites, part, probes, seed).items():
+            for key, value in _influence(model, modules, sites, part, probes, seed, gather).items():
                 pieces.setdefault(key, []).append(value)
         found.append({key: torch.cat(values) for key, values in pieces.items()})
     for key in found[0] if found else ():
         total = torch.zeros(2, dtype=torch.float64)
         for weights in found:
-            total += torch.tensor([float(weights[key].double().sum()), float(weights[key].numel())], dtype=torch.float64)
+            total += torch.tensor(
+                [float(weights[key].double().sum()), float(weights[key].numel())], dtype=torch.float64
+            )
         ranks.sum_([total])
         mean = float(total[0] / total[1])
         for weights in found:
             weights[key] = (1 - share) + share * weights[key] / mean if mean > 0 else torch.ones_like(weights[key])
-    return found
+    ranks.sum_(moments.values())
+    for name, moment in moments.items():
+        scale = moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
+        moments[name] = (1 - metric) * torch.eye(len(moment)).to(moment) + metric * moment / scale
+    return found, moments
 
 
 def _influence(
-    model: nn.Module, modules: dict[str, nn.Module], sites: list[Site], part: Any, probes: int, seed: int
-) -> dict[Key, Tensor]:
+    model: nn.Module, modules: dict[str, nn.Module], sites: list[Site], part: Any, probes: int, seed: int,
+    moments: dict[str, Tensor] | None,
+) -> dict[Key, Tensor]:  # fmt: skip
     outputs: dict[int, Tensor] = {}
 
     def keep(k: int) -> Any:
@@ -79,12 +92,17 @@ def _influence(
         influence: dict[int, Tensor] = {}
         for probe in range(probes):
             seeds = [_directions(t, part, seed + 7919 * probe) for t in ends]
-            grads = torch.autograd.grad(ends, list(outputs.values()), seeds, retain_graph=probe < probes - 1, allow_unused=True)
+            grads = torch.autograd.grad(
+                ends, list(outputs.values()), seeds, retain_graph=probe < probes - 1, allow_unused=True
+            )
             for k, g in zip(outputs, grads, strict=True):
                 if g is None:
                     g = torch.zeros_like(outputs[k])
-                square = g.square().sum(1 if sites[k].conv is not None else -1).flatten()
-                influence[k] = influence.get(k, 0) + square
+                rows = (g.movedim(1, -1) if sites[k].conv is not None else g).flatten(0, -2)
+                influence[k] = influence.get(k, 0) + rows.square().sum(-1)
+                if moments is not None and sites[k].shape[0] == 1:
+                    name = sites[k].name
+                    moments[name] = moments.get(name, 0) + rows.mT @ rows
     grouped: dict[Key, list[Tensor]] = {}
     for k, value in influence.items():
         grouped.setdefault((sites[k].source, sites[k].conv), []).append(value / probes)

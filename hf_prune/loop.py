@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -131,7 +132,7 @@ def choose(model: nn.Module, batch: Any, recipe: Recipe) -> Selection:
     reasons |= lost
     pruned = [s for u in made for s in u.sites]
     if not pruned:
-        why = "; ".join(sorted({r for r in reasons.values()})[:4])
+        why = "; ".join(sorted(set(reasons.values()))[:4])
         raise ValueError(f"no weight of this model can follow {pattern}: {why}.")
     budgets = allocate(pattern, [s.read(named[s.parameter]) for s in pruned])
     patterns = {s.name: p for s, p in zip(pruned, budgets, strict=True)}
@@ -142,7 +143,9 @@ def choose(model: nn.Module, batch: Any, recipe: Recipe) -> Selection:
         rows.append(Row(s.name, shape, unit_of.get(s.name, ""), s.numel,
                         str(patterns[s.name]) if s.name in patterns else None, reasons.get(s.name)))  # fmt: skip
     listed = {s.parameter for s in found.sites}
-    rows += [Row(n, tuple(named[n].shape), "", named[n].numel(), None, r) for n, r in found.dense.items() if n not in listed]
+    rows += [
+        Row(n, tuple(named[n].shape), "", named[n].numel(), None, r) for n, r in found.dense.items() if n not in listed
+    ]
     return Selection(Plan(rows, [u.name for u in made], ""), made, patterns, batch)
 
 
@@ -234,7 +237,8 @@ def head_of(batch: Any, n: int) -> Any:
 
 
 def run(
-    model: nn.Module, batches: list[Any], recipe: Recipe, chosen: Selection, target: Target, tell: Any, folder: Path | None,
+    model: nn.Module, batches: list[Any], recipe: Recipe, chosen: Selection, target: Target, tell: Any,
+    folder: Path | None,
 ) -> list[dict]:  # fmt: skip
     """Every unit in turn: prune it, remember it, advance both streams through it."""
     named = sites.parameters(model)
@@ -243,20 +247,21 @@ def run(
     chosen.plan.walk = way.mode
     saved = resume.Saved(folder, resume.fingerprint(model, batches, recipe)) if folder else None
     pairs = [Pair(e, e) for e in way.enter(batches)]
-    if "gram" in evidence(recipe) and target.importance > 0:
+    metrics: dict[str, Tensor] = {}
+    if "gram" in evidence(recipe) and (target.importance > 0 or target.metric > 0):
         tell({"event": "stage", "text": "weighing samples by their influence on the output"})
         every = [s for u in chosen.units for s in u.sites]
-        for pair, weights in zip(pairs, importance(model, every, batches, target.importance, seed=recipe.seed), strict=True):
-            pair.weights = weights
+        weights, metrics = importance(model, every, batches, target.importance, target.metric, seed=recipe.seed)
+        for pair, w in zip(pairs, weights, strict=True):
+            pair.weights = w
     small = way.enter([chosen.small])[0]
     del batches
     dense: dict[str, Tensor] = {}
     report: list[dict] = []
 
-    def done(unit: walk.Unit, entries: list[dict]) -> None:
-        for entry in entries:
-            report.append(entry)
-            tell({"event": "layer", "block": unit.name, "index": len(report), "layers": len(chosen.patterns), **entry})
+    def done(unit: walk.Unit, entry: dict) -> None:
+        report.append(entry)
+        tell({"event": "layer", "block": unit.name, "index": len(report), "layers": len(chosen.patterns), **entry})
 
     for i, unit in enumerate(chosen.units):
         if way.mode != "prefix":
@@ -265,13 +270,14 @@ def run(
         dense |= {n: tensors[n].detach().clone() for n in names}
         entries = saved.restore(unit.name, {n: tensors[n] for n in names}) if saved else None
         if entries is None:
-            entries = Block(way, i, unit, pairs, small, dense, recipe, target, chosen.patterns).prune(
-                tensors, lambda entry, unit=unit: done(unit, [entry])
+            entries = Block(way, i, unit, pairs, small, dense, recipe, target, chosen.patterns, metrics).prune(
+                tensors, functools.partial(done, unit)
             )
             if saved and ranks.is_main():
                 saved.add(unit.name, {n: tensors[n] for n in names}, entries)
         else:
-            done(unit, entries)
+            for entry in entries:
+                done(unit, entry)
         small = way.advance(i, small)
         if i + 1 < len(chosen.units) and uses_activations(recipe):
             two = recipe.refine is not None or target.mix > 0
@@ -305,6 +311,7 @@ class Block:
     recipe: Recipe
     target: Target
     patterns: dict[str, Pattern]
+    metrics: dict[str, Tensor]
 
     def prune(self, tensors: dict[str, Tensor], done: Callable[[dict], None]) -> list[dict]:
         gram = "gram" in evidence(self.recipe)
@@ -360,7 +367,8 @@ class Block:
         recipe, target, pattern, parameter = self.recipe, self.target, self.patterns[site.name], tensors[site.parameter]
         weight = site.read(parameter)
         if gram is not None:
-            gram = replace(gram, mix=target.mix, bias=target.bias and (site.bias is not None or site.norm is not None))
+            bias = target.bias and (site.bias is not None or site.norm is not None)
+            gram = replace(gram, mix=target.mix, bias=bias, metric=self.metrics.get(site.name))
         window: Window | None = None
         try:
             draft = call("select", recipe.mask, methods.Problem(weight, pattern, gram))
@@ -376,9 +384,10 @@ class Block:
         except ValueError as e:
             raise ValueError(str(e) if site.name in str(e) else f"{site.name}: {e}") from e
         entry = {
-            "name": site.name, "shape": list(site.shape if site.shape[0] > 1 else site.shape[1:]), "pattern": str(pattern),
+            "name": site.name, "shape": list(site.shape[site.shape[0] == 1 :]), "pattern": str(pattern),
             "kept": int((new != 0).sum()), "total": site.numel, "error_before": None, "error_after": None,
-            "weight_norm_ratio": float(new.norm() / weight.norm().clamp_min(1e-30)), "seconds": 0.0, "dense_reason": None,
+            "weight_norm_ratio": float(new.norm() / weight.norm().clamp_min(1e-30)), "seconds": 0.0,
+            "dense_reason": None,
         }  # fmt: skip
         if gram is not None:
             energy = gram.energy().clamp_min(1e-30)

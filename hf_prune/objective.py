@@ -26,6 +26,7 @@ class Gram:
     count: float  # samples
     mix: float = 0.5
     bias: bool = False
+    metric: Tensor | None = None  # (out, out), what an error in each direction of the output weighs when solving
 
     @classmethod
     def zeros(cls, weight: Tensor) -> Gram:

@@ -34,7 +34,12 @@ def fingerprint(model: nn.Module, batches: list[Any], recipe: Any) -> dict[str, 
         for t in _tensors(batch):
             images.update(str(tuple(t.shape)).encode() + _bytes(t))
     settings = json.dumps(asdict(recipe), sort_keys=True, default=str)
-    return {"weights": weights.hexdigest(), "images": images.hexdigest(), "recipe": settings, "torch": torch.__version__}
+    return {
+        "weights": weights.hexdigest(),
+        "images": images.hexdigest(),
+        "recipe": settings,
+        "torch": torch.__version__,
+    }
 
 
 def _bytes(t: Tensor) -> bytes:
@@ -75,7 +80,9 @@ class Saved:
                         t.copy_(f.get_tensor(name))
                 return json.loads(f.metadata()["entries"])
         except (SafetensorError, KeyError) as e:
-            raise ValueError(f"{path}: this saved block cannot be read ({e}); delete the file to compute it again.") from e
+            raise ValueError(
+                f"{path}: this saved block cannot be read ({e}); delete the file to compute it again."
+            ) from e
 
     def add(self, block: str, tensors: dict[str, Tensor], entries: list[dict]) -> None:
         path = self._file(block)

@@ -17,7 +17,9 @@ from hf_prune.sites import parameters
 
 
 def photographs(folder: Path, count: int, name: str = "vit-tiny-patch16-224-hf") -> torch.Tensor:
-    rows = pq.read_table(folder / "imagenet_sample1000_256.parquet", columns=["image"]).column("image")[:count].to_pylist()
+    rows = (
+        pq.read_table(folder / "imagenet_sample1000_256.parquet", columns=["image"]).column("image")[:count].to_pylist()
+    )
     images = [Image.open(io.BytesIO(row["bytes"])).convert("RGB") for row in rows]
     return AutoImageProcessor.from_pretrained(folder / name, backend="pil")(images, return_tensors="pt")["pixel_values"]
 
@@ -41,8 +43,8 @@ def test_transformers_and_timm_get_the_same_masks(shared_data: Path, recipe: str
     a, b = parameters(ours), parameters(theirs)
     fused = torch.cat([a[f"vit.layers.0.attention.{n}_proj.weight"] for n in "qkv"])
     pairs = [(fused, b["blocks.0.attn.qkv.weight"])]
-    pairs += [(a[f"vit.layers.0.{x}.weight"], b[f"blocks.0.{y}.weight"])
-              for x, y in (("attention.o_proj", "attn.proj"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2"))]  # fmt: skip
+    for x, y in (("attention.o_proj", "attn.proj"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
+        pairs.append((a[f"vit.layers.0.{x}.weight"], b[f"blocks.0.{y}.weight"]))
     for x, y in pairs:
         assert int((x == 0).sum()) == x.numel() // 2
         differing = float(((x == 0) != (y == 0)).float().mean())
@@ -75,9 +77,13 @@ def test_a_residual_network_for_small_images_through_the_api(shared_data: Path) 
         sys.path.remove(str(shared_data))
     rows = pq.read_table(shared_data / "cifar10_lossless_train_4000.parquet").slice(0, 64).to_pylist()
     column = next(k for k, v in rows[0].items() if isinstance(v, dict))
-    pixels = torch.stack([torch.tensor(list(Image.open(io.BytesIO(r[column]["bytes"])).convert("RGB").tobytes())) for r in rows])
+    pixels = torch.stack(
+        [torch.tensor(list(Image.open(io.BytesIO(r[column]["bytes"])).convert("RGB").tobytes())) for r in rows]
+    )
     pixels = pixels.view(-1, 32, 32, 3).permute(0, 3, 1, 2).float() / 255
-    pixels = (pixels - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    pixels = (pixels - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(
+        3, 1, 1
+    )
     with torch.no_grad():
         wanted = model(pixels)
     report = hf_prune.prune(model, list(pixels.split(16)), "snows", nm="2:4")

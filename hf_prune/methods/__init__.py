@@ -1,7 +1,8 @@
 """One file per paper.  A method is a pure function over tensors.
 
 `select(problem, **options) -> Draft` chooses which weights stay; `solve(problem, draft, **options) -> Tensor` refits
-them.  Any mask goes with any solve.  `EVIDENCE` in each file says what `problem.objective` must be: None, "gram" or "window".
+them.  Any mask goes with any solve.  `EVIDENCE` in each file says what `problem.objective` must
+be: None, "gram" or "window".
 """
 
 from __future__ import annotations

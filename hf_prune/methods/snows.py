@@ -1,4 +1,4 @@
-"""SNOWS (Lucas and Mazumder, arXiv 2411.18376): K-step reconstruction by Hessian-free Newton steps on the kept weights."""
+"""SNOWS (Lucas and Mazumder, arXiv 2411.18376): K-step reconstruction by Newton-CG on the kept weights."""
 
 from __future__ import annotations
 

@@ -45,11 +45,16 @@ def select(problem: Problem, *, damp: float = 0.01, block: int = 128) -> Draft:
                 gone = round((total - keep) * right / n) - removed
                 flat = score.flatten()
                 out = flat.topk(gone, largest=False).indices if gone else flat.new_zeros(0, dtype=torch.long)
-                mask[..., left:right] = torch.ones_like(flat, dtype=torch.bool).index_fill_(0, out, False).view_as(score)
+                mask[..., left:right] = (
+                    torch.ones_like(flat, dtype=torch.bool).index_fill_(0, out, False).view_as(score)
+                )
                 removed += gone
         for c in range(right - left):
             if pattern.m and c % pattern.m == 0:
-                score = part[..., c : c + pattern.m].square() / diagonal[..., None, left + c : left + c + pattern.m].square()
+                score = (
+                    part[..., c : c + pattern.m].square()
+                    / diagonal[..., None, left + c : left + c + pattern.m].square()
+                )
                 mask[..., left + c : left + c + pattern.m] = pattern.mask(score)
             column = part[..., c]
             error = column * ~mask[..., left + c] / u[..., c, c, None]
