@@ -210,8 +210,18 @@ def feed(model: nn.Module, batch: Any) -> Any:
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter once, under its first name; tied weights are one."""
-    return dict(model.named_parameters(remove_duplicate=True))
+    """Every parameter once, under its first name; tied weights are one.
+
+    Raises ValueError for weights that are not in memory, as accelerate's offloading leaves them.
+    """
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=True))
+    away = [n for n, p in named.items() if p.is_meta]
+    if away:
+        raise ValueError(
+            f"{away[0]}: is offloaded, as are {len(away)} of {len(named)} weights; load the model without offloading "
+            "(no device_map, no disk offload)."
+        )
+    return named
 
 
 @contextlib.contextmanager

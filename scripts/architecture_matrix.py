@@ -5,8 +5,9 @@
 
 For each: plan; prune by magnitude, by the default recipe (snows) and by K-step Newton-CG on copies of the same model;
 check by independent arithmetic that each group of four consecutive input channels of each planned weight holds at most
-two non-zeros, that everything is finite, that the outputs moved, and that a saved and reloaded model gives the same
-bits.  A failure that EXPECTED does not name, or one that it names and that no longer happens, ends with exit code 1.
+two non-zeros, that everything is finite, that the outputs moved, and that a saved and reloaded model holds the same
+bits and gives the same outputs.  A failure that EXPECTED does not name, or one that it names and that no longer
+happens, ends with exit code 1.
 """
 
 from __future__ import annotations
@@ -135,9 +136,13 @@ def check(case: Case, model: nn.Module, name: str, chosen: Recipe, planned: set[
     after = outputs(model, batches[0])
     assert all(torch.isfinite(t).all() for t in after if t.is_floating_point()), f"{name}: the output is not finite"
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), f"{name}: the output has not moved"
-    again = outputs(reloaded(case, model), batches[0])
-    same = all(torch.equal(a, b) for a, b in zip(after, again, strict=True))
-    assert same, f"{name}: saved and reloaded, the model gives other bits"
+    again = reloaded(case, model)
+    stored, read = model.state_dict(), again.state_dict()
+    differ = [n for n in stored if n not in read or not torch.equal(stored[n], read[n])]
+    assert not differ and len(stored) == len(read), f"{name}: saved and reloaded, {differ[:3]} hold other bits"
+    # not to the bit: some CPU kernels round by where in memory their operands happen to lie
+    for a, b in zip(after, outputs(again, batches[0]), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), f"{name}: saved and reloaded, the model gives another output"
     return seconds
 
 
@@ -217,9 +222,10 @@ def document(rows: list[Row]) -> str:
         "",
         "Every class in transformers' image-classification mapping that can be built from a configuration, vision",
         "towers and backbones, and a member of each timm family that is listed: small, with random weights, nothing",
-        f"downloaded. Each is planned and pruned 2:4 on {IMAGES} images three ways: by magnitude, by the default recipe,",
-        "and by K-step Newton-CG (K = 2). For each the exact pattern of every planned weight, finite values, a changed output and a",
-        "bit-identical output after saving and reloading are checked.",
+        f"downloaded. Each is planned and pruned 2:4 on {IMAGES} images three ways: by magnitude, by the default",
+        "recipe, and by K-step Newton-CG (K = 2). For each the exact pattern of every planned weight, finite values and",
+        "a changed output are checked, and that a saved and reloaded model holds the same bits and gives the same",
+        "output.",
         "",
         f"- **{sum(not r.failure for r in rows)} of {len(rows)}** architectures pass everything.",
         f"- transformers {transformers.__version__}, timm {timm.__version__}, torch {torch.__version__}, "

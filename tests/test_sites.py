@@ -325,3 +325,12 @@ def test_mappings_and_pairs_of_image_and_label_are_fed():
 
     model, x = Named(3, 2), torch.randn(1, 3)
     assert torch.equal(sites.feed(model, {"pixel_values": x}), sites.feed(model, (x, 7)))
+
+
+def test_offloaded_weights_are_refused_with_what_to_do():
+    from accelerate import cpu_offload
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"0.weight: is offloaded, as are 4 of 4 weights; load the model without"):
+        sites.find(model, torch.randn(1, 4))
