@@ -25,54 +25,50 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "hub.md"
-OLD = ("torch==2.13.0", "transformers==4.57.6", "compressed-tensors==0.13.0", "accelerate", "pillow")
+OLD = ("torch", "torchvision", "timm", "transformers==4.57.6", "compressed-tensors==0.13.0", "accelerate", "pillow")
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-# Run by the Python of each stack: loads one folder one way, prints what came out as a multiset of tensor hashes.
+# Run by the Python of each stack: loads folders one way, prints what came out as multisets of tensor hashes.
 PROBE = """
 import hashlib, json, logging, sys, warnings
 warnings.simplefilter("ignore"); logging.disable(logging.CRITICAL)
-how, folder = sys.argv[1:]
+how, *folders = sys.argv[1:]
 def told(state):
     import torch
     return sorted(hashlib.sha256(repr((tuple(t.shape), str(t.dtype))).encode()
                   + t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
                   for name, t in state.items() if not name.endswith("position_ids"))
-try:
+def load(folder):
     if how in ("transformers", "quantizer"):
         if how == "quantizer":
             import hf_prune.quantizer
         from transformers import AutoModelForImageClassification as Auto
-        found = told(Auto.from_pretrained(folder).state_dict())
-    elif how == "load":
+        return Auto.from_pretrained(folder, dtype="auto").state_dict()  # version 4 would widen to float32
+    if how == "load":
         import hf_prune
-        found = told(hf_prune.load(folder).state_dict())
-    elif how == "timm":
+        return hf_prune.load(folder).state_dict()
+    if how == "timm":
         import timm
-        found = told(timm.create_model("local-dir:" + folder, pretrained=True).state_dict())
-    elif how == "safetensors":
-        from pathlib import Path
-        from safetensors.torch import load_file
-        (file,) = sorted(Path(folder).glob("model*.safetensors"))[:1]
-        state = load_file(file)
-        import torch
-        module = torch.nn.Module()
-        for name in json.loads(Path(folder, "names.json").read_text()):
-            module.register_buffer(name.replace(".", "/"), torch.empty(0))
-        missing = {n.replace("/", ".") for n in module.state_dict()} - set(state)
-        if missing:  # what load_state_dict(strict=True) says
-            raise RuntimeError(f"Missing key(s) in state_dict: {len(missing)}")
-        found = told(state)
-    print(json.dumps({"found": found}))
-except BaseException as error:
-    text = " ".join(str(error).split())
-    print(json.dumps({"error": type(error).__name__, "text": text[:160]}))
+        return timm.create_model("local-dir:" + folder, pretrained=True).state_dict()
+    from pathlib import Path
+    from safetensors.torch import load_file
+    state = load_file(sorted(Path(folder).glob("model*.safetensors"))[0])
+    missing = set(json.loads(Path(folder, "names.json").read_text())) - set(state)
+    if missing:  # what load_state_dict(strict=True) says
+        raise RuntimeError(f"Missing key(s) in state_dict: {len(missing)}")
+    return state
+for folder in folders:
+    try:
+        print("PROBE" + json.dumps({"found": told(load(folder))}), flush=True)
+    except BaseException as error:
+        text = " ".join(str(error).split())
+        print("PROBE" + json.dumps({"error": type(error).__name__, "text": text[:160]}), flush=True)
 """
 STACKS = [  # (column, Python, how, whether hf_prune can be imported)
     ("transformers 5", "new", "transformers", False),
     ("... with `import hf_prune.quantizer`", "new", "quantizer", True),
     ("transformers 4.57", "old", "transformers", False),
-    ("... with `import hf_prune.quantizer`", "old", "quantizer", True),
+    ("4.57 with `import hf_prune.quantizer`", "old", "quantizer", True),
     ("timm", "new", "timm", False),
     ("safetensors, strict", "new", "safetensors", False),
     ("`hf_prune.load`", "new", "load", True),
@@ -130,25 +126,23 @@ def hashes(folder: Path) -> list[str]:
 
 def loading(place: Path, pythons: dict[str, str]) -> tuple[list[list[str]], list[str]]:
     """Rows of the loading table, and every combination that gave other weights without an error."""
-    rows, wrong = [], []
-    for kind, (folder, wanted) in folders(place).items():
-        row = [kind]
-        for column, python, how, ours in STACKS:
-            env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
-            env["PYTHONPATH"] = str(ROOT) if ours else ""
-            answer = subprocess.run([pythons[python], "-c", PROBE, how, str(folder)], capture_output=True, text=True,
-                                    env=env, cwd=place, check=False)  # fmt: skip
-            told = json.loads(answer.stdout.splitlines()[-1]) if answer.stdout else {"error": answer.stderr[-200:]}
+    kinds = folders(place)
+    rows, wrong = [[kind] for kind in kinds], []
+    for column, python, how, ours in STACKS:
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT) if ours else ""}
+        command = [pythons[python], "-c", PROBE, how, *(str(folder) for folder, _ in kinds.values())]
+        answer = subprocess.run(command, capture_output=True, text=True, env=env, cwd=place, check=False)
+        lines = [json.loads(line[5:]) for line in answer.stdout.splitlines() if line.startswith("PROBE")]
+        assert len(lines) == len(kinds), answer.stderr[-2000:]
+        for row, told, (kind, (_, wanted)) in zip(rows, lines, kinds.items(), strict=True):
             if "error" in told:
-                cell = told["error"]
                 print(f"{kind} | {column}: {told}", file=sys.stderr, flush=True)
+                row.append(told["error"])
             elif told["found"] == wanted:
-                cell = "bit-exact"
+                row.append("bit-exact")
             else:
-                cell = "**other weights**"
+                row.append("**other weights**")
                 wrong.append(f"{kind} | {column}")
-            row.append(cell)
-        rows.append(row)
     return rows, wrong
 
 

@@ -199,6 +199,10 @@ def load(
     import torch
 
     folder = fetch(str(name), revision=revision, token=token, remote_code=trust_remote_code)
+    config = sources._json(folder / "config.json")
+    if kind := old_format(config):
+        raise ValueError(f"{name} is stored as {kind} of compressed-tensors; write it dense first: hf-prune convert {name} "
+                         f"FOLDER")  # fmt: skip
     file = find(folder)
     if file is not None:
         state = dict(read(file))
@@ -206,7 +210,6 @@ def load(
         weights = sources.weight_files(str(name), folder)
         state = dict(read_dense(weights))
         _compare(str(name), state, folder)
-    config = sources._json(folder / "config.json")
     is_timm = sources.library(folder, config) == "timm"
     module = (_timm if is_timm else _transformers)(str(name), folder, state, trust_remote_code)
     if dtype is not None:

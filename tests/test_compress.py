@@ -270,6 +270,8 @@ def test_convert_what_compressed_tensors_wrote(kind: str, tmp_path: Path, capsys
     source = HERE / "data" / "compressed_tensors" / kind
     assert cli.main([str(source), "--nm", "2:4"]) == 2
     assert "hf-prune convert" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="hf-prune convert"):
+        hf_prune.load(source)
     assert cli.main(["convert", str(source), str(tmp_path / "out")]) == 0
     dense = load_file(source.parent / "dense" / "model.safetensors")
     assert same(load_file(tmp_path / "out" / "model.safetensors"), dense)
