@@ -201,8 +201,9 @@ def load(
     folder = fetch(str(name), revision=revision, token=token, remote_code=trust_remote_code)
     config = sources._json(folder / "config.json")
     if kind := old_format(config):
-        raise ValueError(f"{name} is stored as {kind} of compressed-tensors; write it dense first: hf-prune convert {name} "
-                         f"FOLDER")  # fmt: skip
+        raise ValueError(
+            f"{name} is stored as {kind} of compressed-tensors; write it dense first: hf-prune convert {name} FOLDER"
+        )
     file = find(folder)
     if file is not None:
         state = dict(read(file))
