@@ -11,7 +11,22 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hf_prune"
 
 # A new file of hf_prune is entered here; methods/ is the one folder where a new file needs no entry.
 TENSORS = {"pattern", "packing", "objective", "linalg", "fisher", "joined"}
-MODEL = {"sites", "gradients", "staged", "batchnorm", "walk", "junction", "streams", "collect", "ranks", "loop", "window", "resume", "importance", "limit"}
+MODEL = {
+    "sites",
+    "gradients",
+    "staged",
+    "batchnorm",
+    "walk",
+    "junction",
+    "streams",
+    "collect",
+    "ranks",
+    "loop",
+    "window",
+    "resume",
+    "importance",
+    "limit",
+}
 EDGE = {"__init__", "__main__", "recipe", "plan", "models", "source", "calibration", "evaluation", "labels", "metrics",
         "checkpoint", "compress", "quantizer", "verify", "inspect",
         "report", "card", "hub", "cli", "demo", "assets", "schema"}  # fmt: skip
