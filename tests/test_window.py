@@ -160,7 +160,9 @@ def test_the_gauss_newton_product_against_an_explicit_jacobian(model, data, name
 
 
 @pytest.mark.parametrize(
-    ("model", "data", "name", "steps"), [CASES[1], CASES[3], CASES[5], CASES[7]], ids=["attention", "mlp", "first", "across"]
+    ("model", "data", "name", "steps"),
+    [CASES[1], CASES[3], CASES[5], CASES[7]],
+    ids=["attention", "mlp", "first", "across"],
 )
 def test_the_hessian_product_against_torchs_hessian(model, data, name, steps):
     w, point = window(model(), data(1), name, steps, curvature="hessian")
