@@ -67,15 +67,20 @@ class Gram:
         """Squared error of each output, (groups, out), for weights w (groups, out, in)."""
         xx, xd, dd = self.moments()
         step = w - self.weight
-        return (step @ xx * step).sum(-1) - 2 * self.mix * (step * xd.mT).sum(-1) + self.mix**2 * dd
+        rows = (step @ xx * step).sum(-1) - 2 * self.mix * (step * xd.mT).sum(-1) + self.mix**2 * dd
+        return rows.clamp_min(0)  # below 0 is rounding
 
     def value(self, w: Tensor) -> Tensor:
         return self.rows(w).sum()
 
     def energy(self) -> Tensor:
-        """sum ||W x||² (about its mean where a bias is refit): what errors are divided by."""
+        """sum ||W x||² (about its mean where a bias is refit): what errors are divided by.
+
+        Never below the rounding of the sums, so that a layer whose input is constant has an error near 0, not 0 / 0.
+        """
         xx, _, _ = self.moments()
-        return (self.weight @ xx * self.weight).sum()
+        raw = (self.weight @ self.xx * self.weight).sum()
+        return torch.maximum((self.weight @ xx * self.weight).sum(), 8192 * torch.finfo(xx.dtype).eps * raw)
 
     def gradient(self, w: Tensor) -> Tensor:
         xx, xd, _ = self.moments()

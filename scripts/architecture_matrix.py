@@ -40,8 +40,8 @@ from hf_prune.walk import Walk
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
 IMAGES, BATCH = 8, 4
 JOBS = int(os.environ.get("JOBS", "2"))
-# The two calibrated ways leave out weights with more inputs than this, whose solves would take hours together.
-INPUTS = 700
+# The two calibrated ways leave out weights with more entries than this, whose solves would take hours together.
+ENTRIES = 65_536
 
 # What fails, with a part of its message, and why.  Nothing else may fail.
 STANDARDISED = (
@@ -73,7 +73,7 @@ class Row:
     units: int = 0
     largest: int = 0  # most pruned weights in one unit
     pruned: int = 0
-    wide: int = 0
+    large: int = 0
     share: float = 0.0  # of the entries of all weights of two dimensions and more
     dense: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -166,10 +166,10 @@ def examine(case: Case) -> Row:
     row.dense = Counter(reason(str(r.reason)) for r in selection.plan.rows if not r.pattern)
     matrices = sum(p.numel() for p in parameters(model).values() if p.dim() > 1)
     row.share = sum(r.numel for r in selection.plan.rows if r.pattern) / matrices
-    wide = tuple(s.parameter for u in selection.units for s in u.sites if s.shape[2] > INPUTS)
-    row.wide = len(wide)
+    large = tuple(s.parameter for u in selection.units for s in u.sites if s.numel > ENTRIES)
+    row.large = len(large)
     for name, chosen in ways.items():
-        skip = () if name == "magnitude" else wide
+        skip = () if name == "magnitude" else large
         expected = {n for n in planned if n.partition("[")[0] not in skip}
         row.seconds[name] = check(case, copy.deepcopy(model), name, replace(chosen, skip=skip), expected)
     return row
@@ -233,15 +233,15 @@ def document(rows: list[Row]) -> str:
         "- *walk*: how activations travel from unit to unit (chain, lean, splice, prefix; see hf_prune/walk.py).",
         "- *units*: blocks and single layers; in brackets the most weights in one.",
         "- *pruned*: weights, and their share of all matrix entries.",
-        f"- *wide*: weights with more than {INPUTS} inputs, pruned by magnitude only here, which keeps the whole table",
-        "  within half an hour; nothing in the package limits them.",
+        f"- *large*: weights of more than {ENTRIES} entries, pruned by magnitude only here, which keeps the whole",
+        "  table within half an hour; nothing in the package limits them.",
         "",
     ]
     for library in ("transformers", "timm"):
         lines += [
             f"## {library}",
             "",
-            "| model | parameters | walk | units | pruned | wide | magnitude | snows | K-step | dense, and why |",
+            "| model | parameters | walk | units | pruned | large | magnitude | snows | K-step | dense, and why |",
             "|---|---:|---|---:|---:|---:|---:|---:|---:|---|",
         ]
         for r in (r for r in rows if r.library == library):
@@ -253,7 +253,7 @@ def document(rows: list[Row]) -> str:
             times = " | ".join(f"{s:.1f} s" for s in r.seconds.values())
             lines.append(
                 f"| {r.name} | {r.weights / 1e6:.2f} M | {r.walk} | {r.units} ({r.largest}) | "
-                f"{r.pruned} ({100 * r.share:.0f} %) | {r.wide} | {times} | {dense} |"
+                f"{r.pruned} ({100 * r.share:.0f} %) | {r.large} | {times} | {dense} |"
             )
         lines.append("")
     lines += ["## Not built", "", *(f"- {name}: {why}" for name, why in NOT_BUILT.items()), ""]

@@ -472,6 +472,9 @@ def settle(model: nn.Module, batch: Any) -> nn.Module:
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [m.momentum for m in norms]
     for m in norms:
+        if m.weight is not None and m.weight.abs().mean() < 0.1:  # EfficientNet starts them at 0.02
+            with torch.no_grad():
+                m.weight.add_(1)
         m.momentum = 1.0
         m.train()
     with torch.no_grad():

@@ -185,6 +185,7 @@ def test_a_constant_input_keeps_the_dense_weights_and_is_exact(level):
     assert torch.allclose(w, gram.weight * mask, atol=1e-3)
     y = x[:, :1] @ w.mT + gram.best_bias(w)[:, None]
     assert torch.allclose(y, x[:, :1] @ gram.weight.mT, rtol=1e-4, atol=1e-4)
+    assert 0 <= float(gram.value(w)) <= (float(gram.energy()) if level else 1e-12), "an error in the report is a number"
     with pytest.raises(ValueError, match="constant"):
         gram.normal(0.0)
 
