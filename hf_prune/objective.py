@@ -102,6 +102,8 @@ class Gram:
         below the rounding of the sums, and such a layer keeps the dense values of its largest weights, which a refit
         bias makes exact.  Raises ValueError for a ridge of 0 on such a layer, and for sums that are not finite.
         """
+        if ridge < 0:
+            raise ValueError(f"ridge {ridge:g}: a share of the mean diagonal cannot be negative; give 0 or more.")
         xx, xd, _ = self.moments()
         if not torch.isfinite(xx).all():
             raise ValueError("the layer's calibration inputs are not finite; check the images and the weights for NaN.")
