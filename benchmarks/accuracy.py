@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--recipes", nargs="+", default=["magnitude", "wanda", "sparsegpt", "snows"])
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=NUMBER", help="an option of every recipe")
     parser.add_argument("--half", choices=("first", "second", "both"), default="second")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -52,7 +53,11 @@ def main() -> None:
     pixels, labels = pixels[half], labels[half]
     dense = outputs(loaded, loaded.module, pixels)
     print(f"dense top-1 {100 * accuracy(dense, labels):.1f} % on {len(labels)} images", flush=True)
-    pattern = {"nm": args.nm} if args.nm else {"sparsity": args.sparsity}
+    pattern: dict = {"nm": args.nm} if args.nm else {"sparsity": args.sparsity}
+    for setting in args.set:
+        key, _, value = setting.partition("=")
+        role, _, option = key.partition(".")
+        pattern.setdefault(role, {})[option] = float(value)
     rows = []
     for name in args.recipes:
         runs = []
@@ -80,7 +85,7 @@ def main() -> None:
                 f"{seconds:.0f} CPU s",
                 flush=True,
             )
-        rows.append({"recipe": name, "runs": runs})
+        rows.append({"recipe": ", --set ".join([name, *args.set]), "runs": runs})
     result = {
         "model": Path(args.model).name, "pattern": args.nm or args.sparsity, "samples": args.samples,
         "images": len(labels), "half": args.half, "dense": accuracy(dense, labels), "threads": args.threads,
