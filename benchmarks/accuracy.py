@@ -5,8 +5,9 @@
         --validation ../shared/data/imagenet_val_800.parquet --samples 256 --draws 3 \
         --recipes magnitude wanda sparsegpt snows --output benchmarks/results/vit-tiny-2of4.json
 
-Accuracies are over one half of the validation images (`--half`), so that options can be chosen on the other.  The spread is the standard deviation over draws; the interval that one draw's images leave is about
-+-4.6 points on 400 images.  CPU seconds are of pruning alone.
+Accuracies are over one half of the validation images (`--half`), so that options can be chosen on the other.  The
+spread is the standard deviation over draws; one draw's images alone leave about +-4.6 points on 400 images.  CPU
+seconds are of pruning alone.
 """
 
 from __future__ import annotations
