@@ -92,7 +92,7 @@ def image_axis(model: nn.Module, found: list[Site], batch: Any) -> list[int]:
     Found by replacing the second of two images and looking which rows change.  Raises ValueError where the rows of a
     site do not belong to images at all, since no per-image gradient exists there.
     """
-    two = sites_head(batch, 2)
+    two = sites.cut(batch, 0, 2)
     if len(_first(two)) < 2:
         raise ValueError("per-image gradients need calibration batches of at least 2 images.")
     generator = torch.Generator().manual_seed(0)
@@ -131,10 +131,6 @@ def image_axis(model: nn.Module, found: list[Site], batch: Any) -> list[int]:
                 f"{site.name}: its inputs belong to no single image, so there is no per-image gradient. Add it to skip."
             )
     return axes
-
-
-def sites_head(batch: Any, n: int) -> Any:
-    return torch.utils._pytree.tree_map(lambda t: t[:n] if torch.is_tensor(t) and t.dim() else t, batch)
 
 
 def _first(batch: Any) -> Tensor:
@@ -242,7 +238,7 @@ def images_per_chunk(model: nn.Module, found: list[Site], batch: Any, budget: fl
 
     named = parameters(model)
     with quiet(model), torch.no_grad(), Tape({s.parameter: named[s.parameter] for s in found}, note):
-        feed(model, sites_head(batch, 1))
+        feed(model, sites.cut(batch, 0, 1))
     widest = max(4 * s.numel for s in found)
     return max(1, int(budget * 2**30 / (size + 2 * widest)))
 
@@ -283,7 +279,7 @@ def per_row(
         take = min(len(_first(inputs)), (n - row) * options.minibatch) // options.minibatch * options.minibatch
         if not take:
             break
-        inputs, known = sites_head(inputs, take), None if known is None else known[:take]
+        inputs, known = sites.cut(inputs, 0, take), None if known is None else known[:take]
         rows = take // options.minibatch
         part = a[row : row + rows]
         state = generator.get_state()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from . import ranks
-from .sites import Site, _tensors, feed, quiet
+from .sites import Site, _tensors, cut, feed, quiet
 from .walk import _hooks
 
 Key = tuple[int, Any]  # (source, conv): sites that share their input share its weights
@@ -42,7 +42,7 @@ def importance(
         pieces: dict[Key, list[Tensor]] = {}
         size = len(_tensors(batch)[0])
         for first in range(0, size, micro):
-            part = tree_map(lambda t, a=first: t[a : a + micro] if torch.is_tensor(t) and t.dim() else t, batch)
+            part = cut(batch, first, first + micro)
             for key, value in _influence(model, modules, sites, part, probes, seed, gather).items():
                 pieces.setdefault(key, []).append(value)
         found.append({key: torch.cat(values) for key, values in pieces.items()})

@@ -185,7 +185,7 @@ def prune(
     if not batches:
         raise ValueError("no calibration batch was given; at least one image is needed.")
     with exact_matmul():
-        small = head_of(batches[0], 2)
+        small = sites.cut(batches[0], 0, 2)
         chosen = choose(model, small, recipe)
         target = Target(**recipe.target)
         tell({"event": "start", "layers": len(chosen.patterns)})
@@ -230,10 +230,6 @@ class exact_matmul:
 
     def __exit__(self, *failure: Any) -> None:
         torch.set_float32_matmul_precision(self.before)
-
-
-def head_of(batch: Any, n: int) -> Any:
-    return torch.utils._pytree.tree_map(lambda t: t[:n] if torch.is_tensor(t) and t.dim() else t, batch)
 
 
 def run(
@@ -331,7 +327,7 @@ class Block:
                 entries.append(entry)
                 done(entry)
         if self.recipe.refine:
-            self.refine(tensors, masks, entries)
+            self.refine(masks, entries)
         return entries
 
     def window(self, sites_: list[sites.Site], options: dict[str, Any]) -> Window:
@@ -339,7 +335,7 @@ class Block:
         how = (options["k"], mix, options["relative"], options["curvature"])
         return Window(self.way, self.index, sites_, self.pairs, self.dense, *how)
 
-    def refine(self, tensors: dict[str, Tensor], masks: dict[str, Tensor], entries: list[dict]) -> None:
+    def refine(self, masks: dict[str, Tensor], entries: list[dict]) -> None:
         """All weights of the unit together, towards the unit's output."""
         role = self.recipe.refine or {}
         name = role["method"]

@@ -209,6 +209,11 @@ def feed(model: nn.Module, batch: Any) -> Any:
     return model(**batch) if hasattr(batch, "keys") else model(batch)
 
 
+def cut(batch: Any, first: int, last: int) -> Any:
+    """Images `first` to `last` of a batch, whatever its form."""
+    return torch.utils._pytree.tree_map(lambda t: t[first:last] if torch.is_tensor(t) and t.dim() else t, batch)
+
+
 def parameters(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter once, under its first name; tied weights are one.
 
