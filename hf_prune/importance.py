@@ -8,7 +8,9 @@ v·z with respect to y has expected squared norm ||J||²_F (Hutchinson's estimat
 
 from __future__ import annotations
 
+import itertools
 import zlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,20 +24,36 @@ from .walk import _hooks
 Key = tuple[int, Any]  # (source, conv): sites that share their input share its weights
 
 
+@dataclass
+class Metric:
+    """What an error in each direction of the outputs of some layers weighs."""
+
+    rows: dict[str, slice]  # site name -> its rows
+    moment: Tensor  # (out of all of them, the same)
+
+    def of(self, names: list[str]) -> Tensor | None:
+        """The part that belongs to these layers, in their order; None where one is not in it."""
+        if not all(n in self.rows for n in names):
+            return None
+        index = torch.cat([torch.arange(self.rows[n].start, self.rows[n].stop) for n in names]).to(self.moment.device)
+        return self.moment[index][:, index]
+
+
 def importance(
     model: nn.Module, sites: list[Site], batches: list[Any], share: float, metric: float = 0.0, probes: int = 2,
     seed: int = 0, micro: int = 8,
-) -> tuple[list[dict[Key, Tensor]], dict[str, Tensor]]:  # fmt: skip
+) -> tuple[list[dict[Key, Tensor]], dict[Key, Metric]]:  # fmt: skip
     """(weights, metrics): what each sample and each direction of a layer's output weighs.
 
-    weights: one per sample of each layer's input, for every batch; the mean over all samples is 1.  metrics: by site
-    name (out, out), the second moment of the same gradients, which says in what directions an error at the output
-    moves the model; the mean of its diagonal is 1.
+    weights: one per sample of each layer's input, for every batch; the mean over all samples is 1.  metrics: the second
+    moment of the same gradients, which says in what directions an error at the output moves the model; the mean of its
+    diagonal is 1.  Layers that read the same input share one, over all their outputs, so that separate query, key and
+    value projections weigh as one fused layer does.
     share, metric: 0 weighs all alike, 1 by influence alone.  probes: random vectors per image.  micro: images that are
     differentiated together, which bounds the memory.  Layers whose output no module returns get neither.
     """
     modules = dict(model.named_modules())
-    moments: dict[str, Tensor] = {}
+    moments: dict[Key, Metric] = {}
     gather = moments if metric > 0 else None
     found: list[dict[Key, Tensor]] = []
     for batch in batches:
@@ -56,16 +74,16 @@ def importance(
         mean = float(total[0] / total[1])
         for weights in found:
             weights[key] = (1 - share) + share * weights[key] / mean if mean > 0 else torch.ones_like(weights[key])
-    ranks.sum_(moments.values())
-    for name, moment in moments.items():
-        scale = moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
-        moments[name] = (1 - metric) * torch.eye(len(moment)).to(moment) + metric * moment / scale
+    ranks.sum_([m.moment for m in moments.values()])
+    for m in moments.values():
+        scale = m.moment.diagonal().mean().clamp_min(torch.finfo(m.moment.dtype).tiny)
+        m.moment = (1 - metric) * torch.eye(len(m.moment)).to(m.moment) + metric * m.moment / scale
     return found, moments
 
 
 def _influence(
     model: nn.Module, modules: dict[str, nn.Module], sites: list[Site], part: Any, probes: int, seed: int,
-    moments: dict[str, Tensor] | None,
+    moments: dict[Key, Metric] | None,
 ) -> dict[Key, Tensor]:  # fmt: skip
     outputs: dict[int, Tensor] = {}
 
@@ -95,18 +113,31 @@ def _influence(
             grads = torch.autograd.grad(
                 ends, list(outputs.values()), seeds, retain_graph=probe < probes - 1, allow_unused=True
             )
+            together: dict[Key, dict[str, Tensor]] = {}
             for k, g in zip(outputs, grads, strict=True):
                 if g is None:
                     g = torch.zeros_like(outputs[k])
                 rows = (g.movedim(1, -1) if sites[k].conv is not None else g).flatten(0, -2)
                 influence[k] = influence.get(k, 0) + rows.square().sum(-1)
-                if moments is not None and sites[k].shape[0] == 1:
-                    name = sites[k].name
-                    moments[name] = moments.get(name, 0) + rows.mT @ rows
+                if sites[k].shape[0] == 1:
+                    together.setdefault((sites[k].source, sites[k].conv), {})[sites[k].name] = rows
+            if moments is not None:
+                for key, parts in together.items():
+                    add(moments, key, parts)
     grouped: dict[Key, list[Tensor]] = {}
     for k, value in influence.items():
         grouped.setdefault((sites[k].source, sites[k].conv), []).append(value / probes)
     return {key: torch.stack(values).mean(0) for key, values in grouped.items()}
+
+
+def add(moments: dict[Key, Metric], key: Key, parts: dict[str, Tensor]) -> None:
+    """Count the gradients (samples, out) at the outputs of the layers of one input into their second moment."""
+    joined = torch.cat(list(parts.values()), dim=1)
+    if key not in moments:
+        ends = list(itertools.accumulate((p.shape[1] for p in parts.values()), initial=0))
+        rows = {name: slice(a, b) for name, a, b in zip(parts, ends, ends[1:], strict=False)}
+        moments[key] = Metric(rows, joined.new_zeros(ends[-1], ends[-1]))
+    moments[key].moment.addmm_(joined.mT, joined)
 
 
 def _directions(output: Tensor, part: Any, seed: int) -> Tensor:

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+class matmul:
+    """Sets how float32 matrix products are computed: "highest", or "medium", from bfloat16 or TF32 factors
+    summed in float32 where the hardware has units for it.  Vectors and sums stay float32 either way."""
+
+    def __init__(self, precision: str) -> None:
+        self.precision = precision
+
+    def __enter__(self) -> None:
+        self.before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.precision)
+
+    def __exit__(self, *failure: Any) -> None:
+        torch.set_float32_matmul_precision(self.before)
 
 
 def cholesky(h: Tensor, what: str = "the Gram matrix") -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from . import methods, ranks, resume, sites, staged, walk
 from .collect import Pair, Target, find_junctions, grams, holding
-from .importance import importance
+from .importance import Key, Metric, importance
+from .linalg import matmul
 from .objective import Gram
 from .pattern import Pattern, allocate
 from .window import Window
@@ -184,7 +185,7 @@ def prune(
     batches = [b[0] if isinstance(b, (tuple, list)) else b for b in batches]
     if not batches:
         raise ValueError("no calibration batch was given; at least one image is needed.")
-    with exact_matmul():
+    with matmul("highest"):
         small = sites.cut(batches[0], 0, 2)
         chosen = choose(model, small, recipe)
         target = Target(**recipe.target)
@@ -221,17 +222,6 @@ def dense_entry(row: Row) -> dict[str, Any]:
             "dense_reason": row.reason}  # fmt: skip
 
 
-class exact_matmul:
-    """TF32 and reduced-precision sums off while statistics are gathered and systems solved."""
-
-    def __enter__(self) -> None:
-        self.before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-
-    def __exit__(self, *failure: Any) -> None:
-        torch.set_float32_matmul_precision(self.before)
-
-
 def run(
     model: nn.Module, batches: list[Any], recipe: Recipe, chosen: Selection, target: Target, tell: Any,
     folder: Path | None,
@@ -243,7 +233,7 @@ def run(
     chosen.plan.walk = way.mode
     saved = resume.Saved(folder, resume.fingerprint(model, batches, recipe)) if folder else None
     pairs = [Pair(e, e) for e in way.enter(batches)]
-    metrics: dict[str, Tensor] = {}
+    metrics: dict[Key, Metric] = {}
     if "gram" in evidence(recipe) and (target.importance > 0 or target.metric > 0):
         tell({"event": "stage", "text": "weighing samples by their influence on the output"})
         every = [s for u in chosen.units for s in u.sites]
@@ -294,6 +284,9 @@ def uses_activations(recipe: Recipe) -> bool:
     return evidence(recipe) != {None}
 
 
+Layer = tuple[sites.Site, Gram | None]
+
+
 @dataclass
 class Block:
     """One unit of the walk while it is being pruned."""
@@ -307,7 +300,7 @@ class Block:
     recipe: Recipe
     target: Target
     patterns: dict[str, Pattern]
-    metrics: dict[str, Tensor]
+    metrics: dict[Key, Metric]
 
     def prune(self, tensors: dict[str, Tensor], done: Callable[[dict], None]) -> list[dict]:
         gram = "gram" in evidence(self.recipe)
@@ -320,12 +313,15 @@ class Block:
             found: Sequence[Gram | None] = [None] * len(stage)
             if gram:
                 found = grams(self.way, self.index, stage, self.pairs, self.dense, self.target, touched=n > 0)
-            for site, g in zip(stage, found, strict=True):
-                entry, masks[site.name] = self.layer(site, tensors, g)
-                entry["seconds"] = time.perf_counter() - began
-                began = time.perf_counter()
-                entries.append(entry)
-                done(entry)
+            for group in self.together(stage, found):
+                with matmul("highest"):  # systems are solved in full precision
+                    written = self.layers(group, tensors)
+                for site, entry, mask in written:
+                    masks[site.name] = mask
+                    entry["seconds"] = time.perf_counter() - began
+                    began = time.perf_counter()
+                    entries.append(entry)
+                    done(entry)
         if self.recipe.refine:
             self.refine(masks, entries)
         return entries
@@ -358,27 +354,68 @@ class Block:
             entry["weight_norm_ratio"] = float(w.norm() / site.read(self.dense[site.parameter]).norm())
             entry["kept"] = int((w != 0).sum())
 
-    def layer(self, site: sites.Site, tensors: dict[str, Tensor], gram: Gram | None) -> tuple[dict, Tensor]:
-        """Select, solve, verify and write one weight; returns its entry of the report, and its mask."""
-        recipe, target, pattern, parameter = self.recipe, self.target, self.patterns[site.name], tensors[site.parameter]
-        weight = site.read(parameter)
-        if gram is not None:
-            bias = target.bias and (site.bias is not None or site.norm is not None)
-            gram = replace(gram, mix=target.mix, bias=bias, metric=self.metrics.get(site.name))
-        window: Window | None = None
+    def together(self, stage: list[sites.Site], grams: Sequence[Gram | None]) -> list[list[Layer]]:
+        """The layers of a stage, those in one list whose solutions depend on each other through an output metric."""
+        groups: dict[Any, list[Layer]] = {}
+        for site, gram in zip(stage, grams, strict=True):
+            key: Any = site.name
+            if gram is not None:
+                bias = self.target.bias and (site.bias is not None or site.norm is not None)
+                gram = replace(gram, mix=self.target.mix, bias=bias)
+                metric = self.metrics.get((site.source, site.conv))
+                if metric is not None and site.name in metric.rows:
+                    key = (site.source, site.conv, bias)  # with a bias moments are centred, without they are not
+            groups.setdefault(key, []).append((site, gram))
+        return list(groups.values())
+
+    def layers(self, group: list[Layer], tensors: dict[str, Tensor]) -> list[tuple[sites.Site, dict, Tensor]]:
+        """Select, solve, verify and write some layers; returns for each its entry of the report, and its mask."""
+        site, gram = group[0]
+        metric = self.metrics.get((site.source, site.conv)) if gram is not None else None
+        joint = metric.of([s.name for s, _ in group]) if metric else None
         try:
-            draft = call("select", recipe.mask, methods.Problem(weight, pattern, gram))
-            new = draft.weight
-            if recipe.solve:
-                name, objective = recipe.solve["method"], gram  # type: Any, Any
+            drafts = [self.select(s, tensors, g) for s, g in group]
+            if joint is not None and self.recipe.solve and methods.evidence(self.recipe.solve["method"]) == "gram":
+                together = Gram.join([g for _, g in group if g is not None], joint)
+                draft = methods.Draft(*(torch.cat(parts, 1) for parts in zip(*drafts, strict=True)))
+                problem = methods.Problem(together.weight, self.patterns[site.name], together)
+                new = call("solve", self.recipe.solve, problem, draft).split([s.shape[1] for s, _ in group], 1)
+                return [self.write(s, tensors, g, d, w) for (s, g), d, w in zip(group, drafts, new, strict=True)]
+        except ValueError as e:
+            names = ", ".join(s.name for s, _ in group)
+            raise ValueError(str(e) if any(s.name in str(e) for s, _ in group) else f"{names}: {e}") from e
+        return [self.layer(s, tensors, g, d) for (s, g), d in zip(group, drafts, strict=True)]
+
+    def select(self, site: sites.Site, tensors: dict[str, Tensor], gram: Gram | None) -> methods.Draft:
+        problem = methods.Problem(site.read(tensors[site.parameter]), self.patterns[site.name], gram)
+        return call("select", self.recipe.mask, problem)
+
+    def layer(
+        self, site: sites.Site, tensors: dict[str, Tensor], gram: Gram | None, draft: methods.Draft
+    ) -> tuple[sites.Site, dict, Tensor]:
+        """Solve one layer by itself, and write it."""
+        new, weight, window = draft.weight, site.read(tensors[site.parameter]), None
+        try:
+            if self.recipe.solve:
+                name, objective = self.recipe.solve["method"], gram  # type: Any, Any
                 if methods.evidence(name) == "window":
-                    site.write(parameter, draft.weight)
-                    window = objective = self.window([site], methods.options("solve", name) | recipe.solve)
-                new = call("solve", recipe.solve, methods.Problem(weight, pattern, objective), draft)
-            new = new * draft.mask
-            pattern.verify(new, site.name)
+                    site.write(tensors[site.parameter], draft.weight)
+                    window = objective = self.window([site], methods.options("solve", name) | self.recipe.solve)
+                problem = methods.Problem(weight, self.patterns[site.name], objective)
+                new = call("solve", self.recipe.solve, problem, draft)
         except ValueError as e:
             raise ValueError(str(e) if site.name in str(e) else f"{site.name}: {e}") from e
+        return self.write(site, tensors, gram, draft, new, window)
+
+    def write(
+        self, site: sites.Site, tensors: dict[str, Tensor], gram: Gram | None, draft: methods.Draft, new: Tensor,
+        window: Window | None = None,
+    ) -> tuple[sites.Site, dict, Tensor]:  # fmt: skip
+        """Verify a layer's new weights and write them and the bias that goes with them."""
+        recipe, pattern = self.recipe, self.patterns[site.name]
+        weight = site.read(self.dense[site.parameter])
+        new = new * draft.mask
+        pattern.verify(new, site.name)
         entry = {
             "name": site.name, "shape": list(site.shape[site.shape[0] == 1 :]), "pattern": str(pattern),
             "kept": int((new != 0).sum()), "total": site.numel, "error_before": None, "error_after": None,
@@ -392,14 +429,14 @@ class Block:
         elif window is not None:
             entry["error_before"] = window.value((weight * draft.mask).flatten())
             entry["error_after"] = window.value(new.flatten())
-        site.write(parameter, new)
+        site.write(tensors[site.parameter], new)
         if gram is not None and gram.bias and recipe.solve:
             shift = gram.best_bias(new).reshape(-1)
             name = site.bias or site.norm
             if name is not None:  # a running mean is subtracted, so it moves the other way
                 with torch.no_grad():
                     tensors[name].add_((shift if site.bias else -shift).to(tensors[name]))
-        return entry, draft.mask
+        return site, entry, draft.mask
 
 
 def call(kind: str, role: dict[str, Any], *problem: Any) -> Any:

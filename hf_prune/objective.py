@@ -34,6 +34,12 @@ class Gram:
         new = weight.new_zeros
         return cls(weight, new(g, i, i), new(g, i, o), new(g, o), new(g, i), new(g, o), 0.0)
 
+    @classmethod
+    def join(cls, grams: list[Gram], metric: Tensor | None) -> Gram:
+        """Layers that read the same input as one, their outputs behind each other.  metric: over all outputs."""
+        weight, dd, sd = (torch.cat([getattr(g, k) for g in grams], 1) for k in ("weight", "dd", "sd"))
+        return replace(grams[0], weight=weight, dd=dd, sd=sd, xd=torch.cat([g.xd for g in grams], 2), metric=metric)
+
     def add_inputs(self, x: Tensor, weight: Tensor | None = None) -> None:
         """x (groups, samples, in), weight (samples,) or None for ones."""
         xw = x if weight is None else x * weight[:, None]

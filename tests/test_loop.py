@@ -335,3 +335,54 @@ def test_sites_are_verified_against_the_plan():
     assert [s.name for s in found.sites] == [
         "stem.weight", *(f"blocks.{i}.{n}.weight" for i in range(2) for n in "ab"), "head.weight",
     ]  # fmt: skip
+
+
+class Mixer(nn.Module):
+    """A residual block with three layers that read one input: as three modules, or as one with their rows joined."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(8), nn.Linear(12, 8)
+        self.parts = nn.ModuleList([nn.Linear(8, 24)] if fused else [nn.Linear(8, 12), nn.Linear(8, 8), nn.Linear(8, 4)])
+
+    def forward(self, x):
+        y = self.norm(x)
+        joined = torch.cat([p(y) for p in self.parts], -1)
+        return x + self.out(joined[..., :12].tanh() * joined[..., 12:].sigmoid())
+
+
+class Mixed(nn.Module):
+    def __init__(self, fused):
+        super().__init__()
+        self.stem = nn.Linear(6, 8)
+        self.blocks, self.head = nn.ModuleList([Mixer(fused), Mixer(fused)]), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for b in self.blocks:
+            x = b(x)
+        return self.head(x[:, 0])
+
+
+def test_a_fused_layer_and_its_parts_get_the_same_weights():
+    torch.manual_seed(0)
+    split, fused = Mixed(False).double(), Mixed(True).double()
+    for s, f in zip(split.blocks, fused.blocks, strict=True):
+        f.norm.load_state_dict(s.norm.state_dict())
+        f.out.load_state_dict(s.out.state_dict())
+        f.parts[0].weight.data = torch.cat([p.weight.data for p in s.parts])
+        f.parts[0].bias.data = torch.cat([p.bias.data for p in s.parts])
+    fused.stem.load_state_dict(split.stem.state_dict())
+    fused.head.load_state_dict(split.head.state_dict())
+    batches = [torch.randn(8, 5, 6, dtype=torch.float64) for _ in range(2)]
+    recipe = Recipe(nm="2:4", target={"metric": 0.7}, solve={"method": "least_squares", "tolerance": 1e-12})
+    alone = copy.deepcopy(split)
+    prune(split, batches, recipe)
+    prune(fused, batches, recipe)
+    prune(alone, batches, Recipe(nm="2:4", solve=recipe.solve))
+    for s, f, a in zip(split.blocks, fused.blocks, alone.blocks, strict=True):
+        for kind in ("weight", "bias"):
+            joined = torch.cat([getattr(p, kind).data for p in s.parts])
+            torch.testing.assert_close(joined, getattr(f.parts[0], kind).data, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(s.out.weight, f.out.weight, rtol=1e-6, atol=1e-8)
+        assert not torch.allclose(s.out.weight, a.out.weight, rtol=1e-3)  # the metric matters
