@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import ranks
 from .gradients import has_logits, logits_of
+from .importance import _directions
 from .sites import Site, feed, parameters, quiet
 from .window import grad_on
 
@@ -92,7 +93,7 @@ class _Smooth(TorchFunctionMode):
 
 @contextlib.contextmanager
 def kernel() -> Iterator[None]:
-    """Math attention: the fused kernels have no second derivative, and the loss must be the same function everywhere."""
+    """Math attention: the fused kernels have no second derivative, and the loss must be one function everywhere."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -192,6 +193,27 @@ class Task:
             for i in range(len(self.images.batches)):
                 total += self._graph("gauss-newton", i)(vs, form=True)
         return ranks.agree(total) / self.total
+
+    def traces(self, seed: int) -> Tensor:
+        """One sample of the trace of every site's block of the Gauss-Newton matrix, (sites,) float64, not negative.
+
+        A gradient whose output direction has the covariance of the loss's second derivative has the trace as its
+        expected squared norm; the directions are a function of each image and the seed alone.
+        """
+        total = torch.zeros(len(self.sites), dtype=torch.float64)
+        with self._on() as ps:
+            for i, batch in enumerate(self.images.batches):
+                z = self._outputs(i)
+                xi = _directions(z.detach(), batch, seed)
+                if self.images.loss == "representation":
+                    root = xi * (2 / self.images.scale) ** 0.5
+                else:
+                    half = z.detach().softmax(-1).sqrt()
+                    root = half * xi - half.square() * (half * xi).sum(-1, keepdim=True)
+                flat = self._flat(torch.autograd.grad(z, ps, root, allow_unused=True))
+                total += torch.stack([part.square().sum(dtype=torch.float64) for part in self.split(flat)]).cpu()
+        ranks.sum_([total])
+        return total / self.total
 
     @contextlib.contextmanager
     def _on(self) -> Iterator[list[Tensor]]:

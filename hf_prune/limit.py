@@ -37,8 +37,8 @@ class Options:
     """eps: tolerated rises of the mean loss; `auto` is the standard deviation of the mean loss of 128 images.
 
     probes, steps: random vectors and products per vector for the Gauss-Newton matrix; the exact Hessian gets a quarter
-    of the vectors with four times the steps, since |H| is no smooth function of H.  width: intervals of sparsity
-    narrower than this end the work early.  seconds: after which no further product is started; None for no limit.
+    of the vectors, 2 at least, with four times the steps, since |H| is no smooth function of H.  width: intervals of
+    sparsity narrower than this end the work early.  seconds: after which no product is started; None for no limit.
     memory: GiB for Lanczos vectors and kept graphs.  nm: the pattern whose safety is asked.
     """
 
@@ -142,8 +142,8 @@ def limit(
     """Study `model`, which is left as it was.
 
     batches: calibration images as `hf_prune.prune` takes them, or (input, labels).  held_out: others, likewise; none
-    leaves their figures out.  recipe: which weights count (only, skip, prune_stem, prune_head).  refit: a recipe that is
-    run at every predicted sparsity, and on the n:m pattern, to measure what it reaches.
+    leaves their figures out.  recipe: which weights count (only, skip, prune_stem, prune_head).  refit: a recipe that
+    is run at every predicted sparsity, and on the n:m pattern, to measure what it reaches.
     Raises ValueError for what a user can mend.
     """
     options, told = options or Options(), tell or (lambda event: None)
@@ -243,19 +243,14 @@ class _Work:
         """One run per probe, without a basis, until every row's interval is narrow."""
         began, clock, runs = time.perf_counter(), self.clock.part(0.5), []  # type: float, Clock, list[Lanczos]
         ended, least = "probes", min(4, self.options.probes)
-        self.shares = torch.zeros(len(self.task.sites), dtype=torch.float64)
         before = self.task.products
         for number in range(self.options.probes):
-            start = self.probe(number)
-            run = Lanczos(lambda v: self.task.product(v, "gauss-newton"), start, basis=False)
+            run = Lanczos(lambda v: self.task.product(v, "gauss-newton"), self.probe(number), basis=False)
             for _ in range(self.options.steps):
                 if clock.up():
                     ended = "time"
                     break
-                if run.steps == 0:
-                    self.first_product(run, start)
-                else:
-                    run.step()
+                run.step()
                 if run.ended or (run.steps % 4 == 0 and self.narrow([run], 0.25)):
                     break
                 self.say("Gauss-Newton", number, self.options.probes, run.steps, runs or [run])
@@ -268,21 +263,6 @@ class _Work:
                 break
         self.note_run("gauss-newton", runs, before, ended, began)
         return runs
-
-    def first_product(self, run: Lanczos, start: Tensor) -> None:
-        """The first step, whose product also estimates each layer's part of the trace: v_l · (Gv)_l."""
-        product, kept_back = run.product, []
-
-        def watched(v: Tensor) -> Tensor:
-            kept_back.append(product(v))
-            return kept_back[0]
-
-        run.product = watched
-        run.step()
-        run.product = product
-        pieces = zip(self.task.split(start), self.task.split(kept_back[0]), strict=True)
-        norm = float(start.norm().double())
-        self.shares += torch.tensor([float((a * b).sum(dtype=torch.float64)) * norm for a, b in pieces]).double()
 
     def narrow(self, runs: list[Lanczos], factor: float = 1.0) -> bool:
         interval = bounds(runs)
@@ -300,9 +280,9 @@ class _Work:
 
     def hessian(self) -> list[Lanczos]:
         """A quarter of the probes with four times the steps, every vector kept: |H| is no smooth function of H."""
-        probes, steps = max(1, -(-self.options.probes // 4)), 4 * self.options.steps
+        probes, steps = max(2, -(-self.options.probes // 4)), 4 * self.options.steps
         began, runs, ended, before = time.perf_counter(), [], "probes", self.task.products  # type: float, list[Lanczos], str, int
-        size = 4 * len(self.weights) * self.weights.element_size() // 4
+        size = len(self.weights) * self.weights.element_size()  # bytes of a Lanczos vector
         room = int(self.options.memory * 2**30 // size)
         if room < 8:
             self.notes.append(
@@ -388,22 +368,23 @@ class _Work:
         reference = max(0.05, knees[self.eps[len(self.eps) // 2][0]])
         layers = self.layer_table(reference)
         self.tell({"event": "stage", "text": "predicting from the quadratic model"})
+        seeds = range(self.options.seed, self.options.seed + self.options.probes)
+        traces = torch.stack([self.task.traces(seed) for seed in seeds]).sum(0)
+        for layer, found in zip(layers, (traces / traces.sum().clamp_min(1e-300)).tolist(), strict=True):
+            layer["trace_share"] = found
         quadratic = {name: self.quadratic.knee(eps) for name, eps in self.eps}
         if nm is not None:
             self.predict_pattern(nm)
         newton = self.gauss_newton()
         exact: list[Lanczos] = []
         if self.images.loss == "representation":
-            self.notes.append("the loss is a squared distance: its Hessian at the dense weights is the Gauss-Newton one.")
+            self.notes.append("the loss is a squared distance: its Hessian here is the Gauss-Newton matrix itself.")
         else:
             try:
                 exact = self.hessian()
             except NoSecondDerivative as error:
                 self.notes.append(f"the exact Hessian is left out: {error}.")
         self.task.forget()
-        total = float(self.shares.sum())
-        for layer, found in zip(layers, self.shares.tolist(), strict=True):
-            layer["trace_share"] = found / total if total > 0 else None
         rows = [self.row(name, eps, knees[name], judged[name], quadratic[name], newton, exact)
                 for name, eps in self.eps]  # fmt: skip
         if nm is not None and newton:
@@ -486,7 +467,7 @@ class _Work:
     def layer_table(self, sparsity: float) -> list[dict[str, Any]]:
         """Each layer pruned alone, by magnitude, to the same sparsity; and what one threshold or LAMP would give it."""
         parts = self.task.split(self.weights)
-        everywhere = self.zeroed(sparsity)
+        everywhere = self.task.split(self.zeroed(sparsity))
         lamp = _budgets([lamp_scores(w) for w in parts], sparsity)
         out = []
         for i, (s, w) in enumerate(zip(self.task.sites, parts, strict=True)):
@@ -496,7 +477,7 @@ class _Work:
             out.append({
                 "name": s.name, "weights": s.numel, "share": s.numel / len(self.weights), "trace_share": None,
                 "sparsity": sparsity, "rise": self.rise(torch.cat(alone)),
-                "global_sparsity": float((self.task.split(everywhere)[i] == 0).double().mean()), "lamp_sparsity": lamp[i],
+                "global_sparsity": float((everywhere[i] == 0).double().mean()), "lamp_sparsity": lamp[i],
             })  # fmt: skip
             self.tell({"event": "count", "text": "measuring each layer alone", "done": i + 1, "of": len(parts)})
         return out

@@ -214,7 +214,7 @@ class Removal:
 def fixed_point(needed: Callable[[float], float], removal: Removal, eps: float) -> float:
     """The sparsity s with 1 - s = needed(2 eps / R(s)²).
 
-    needed: mu -> share that must stay, falling in mu.  It rises with s and 1 - s falls: bisection finds the one crossing.
+    needed: mu -> share that must stay, falling in mu.  It rises with s while 1 - s falls: they cross once.
     eps: tolerated rise of the loss, in the loss's own unit.  Raises ValueError where it is not positive.
     """
     if not eps > 0:

@@ -1,7 +1,10 @@
 """The pruning limit against closed forms and exact spectra."""
 
+import json
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -323,7 +326,8 @@ def test_few_images_make_gauss_newton_vacuous(digits_mlp):
 
 def test_without_labels_the_predicted_classes_are_the_targets(digits_mlp):
     model, batches, _ = digits_mlp
-    found = limit.limit(model, [x for x, _ in batches], recipe=ALL, options=limit.Options(eps=(0.05,), probes=2, steps=6))
+    inputs = [x for x, _ in batches]
+    found = limit.limit(model, inputs, recipe=ALL, options=limit.Options(eps=(0.05,), probes=2, steps=6))
     assert found.model["loss"] == "predicted classes" and found.dense["accuracy"] == 1.0
 
 
@@ -411,3 +415,94 @@ def test_two_processes_equal_one(tmp_path):
         assert theirs["gauss_newton"] == pytest.approx(mine["gauss_newton"], abs=1e-3)
         assert theirs["measured_at"] == pytest.approx(mine["measured_at"], abs=1e-4)
     assert both[0]["nm"]["measured"] == pytest.approx(alone.nm["measured"], abs=1e-4)
+
+
+def test_traces_are_those_of_the_layers():
+    batches = [(x.double(), y) for x, y in digits(128)[0]]
+    model = trained(Mlp(5).double(), batches, 60)
+    task = task_of(model, batches)
+    blocks = task.split(dense_matrix(task, "gauss-newton").diagonal())
+    found = sum(task.traces(seed) for seed in range(300)) / 300
+    for mine, block in zip(found.tolist(), blocks, strict=True):
+        assert mine == pytest.approx(float(block.sum()), rel=0.05)
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+@pytest.fixture(scope="module")
+def digit_images(tmp_path_factory):
+    """A folder of images with the splits train and test, of the demo's digits."""
+    from hf_prune import demo
+
+    folder, data = tmp_path_factory.mktemp("digits"), demo.digits()
+    for split, pairs in (("train", data.calibration[:40]), ("test", data.test[:30])):
+        for i, (image, label) in enumerate(pairs):
+            place = folder / split / demo.NAMES[label]
+            place.mkdir(parents=True, exist_ok=True)
+            image.save(place / f"{i}.png")
+    return folder
+
+
+def command(capsys, *words):
+    from hf_prune import cli
+
+    code = cli.main(["limit", *map(str, words)])
+    return code, *capsys.readouterr()
+
+
+QUICK = "--samples 32 --batch-size 32 --probes 2 --steps 2 --device cpu --eps auto 0.2".split()
+
+
+def test_the_page_of_the_demo_model(digit_images, tmp_path, capsys):
+    from hf_prune import assets
+
+    out = tmp_path / "out"
+    code, page, said = command(
+        capsys, assets.path("data", "demo"), "--dataset", digit_images, *QUICK, "--recipe", "magnitude",
+        "--output-dir", out, "--only", "*mlp*",
+    )  # fmt: skip
+    assert code == 0, said
+    assert max(map(len, page.splitlines())) <= 80
+    assert page == (out / "limit.txt").read_text()
+    told = json.loads((out / "limit.json").read_text())
+    for word in ("zeroing", "held-out", "quadratic", "trace", "spectral |H|", "Gauss-Newton"):
+        assert f"\n  {word}" in page, f"the column {word} is explained"
+    assert "VACUOUS" in page and "an estimate" not in page.split("MEASURED with magnitude")[1].split("Is 2:4")[0]
+    for row in told["rows"]:
+        assert f"{row['measured']:.3f}"[1:] in page
+    assert ("NOT safe" in page) == (told["nm"]["measured"]["rise"] > 0.2)
+    assert told["seed"] == 0 if "seed" in told else told["options"]["seed"] == 0
+    assert told["recipe"] == "magnitude" and told["rows"][0]["refit"]["sparsity"] > 0
+    assert (out / "limit.png").stat().st_size > 10_000 and "<svg" in (out / "limit.svg").read_text()[:2000]
+
+
+def test_json_goes_to_stdout_alone(digit_images, capsys):
+    from hf_prune import assets
+
+    code, out, _ = command(capsys, assets.path("data", "demo"), "--dataset", digit_images, *QUICK, "--json", "--quiet",
+                           "--only", "*layers.0.mlp*", "--eps", "0.1", "--nm", "1:4")  # fmt: skip
+    told = json.loads(out)
+    assert code == 0 and told["nm"]["pattern"] == "1:4" and [row["eps"] for row in told["rows"]] == ["0.1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--eps", "0"], "--eps 0"),
+        (["--eps", "small"], "--eps small"),
+        (["--nm", "4:2"], "--nm 4:2"),
+        (["--probes", "0"], "--probes 0"),
+        (["--set", "solve.ridge=1"], "--recipe NAME"),
+        (["--recipe", "snow"], "recipes that ship"),
+        (["--time-limit", "-1"], "--time-limit"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_loaded(words, part, capsys):
+    code, out, said = command(capsys, "no-such-model", *words)
+    assert code == 2 and part in said and out == ""
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, hf_prune.cli as c\ntry:\n    c.main(['limit', '--help'])\nfinally:\n    print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0 and answer.stdout.strip().splitlines()[-1] == "False"
+    assert max(map(len, answer.stdout.splitlines())) <= 80
