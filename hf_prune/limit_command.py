@@ -24,8 +24,8 @@ def parser() -> argparse.ArgumentParser:
     top = cli._Parser(
         prog="hf-prune limit",
         usage="hf-prune limit MODEL [options]",
-        description="How sparse can this model go? Measures what zeroing does, estimates what updating the kept\n"
-        "weights may reach, and says which layers matter. Nothing is pruned.",
+        description="How sparse can this model go? Measures what zeroing does, estimates what\n"
+        "updating the kept weights may reach, says which layers matter. Prunes nothing.",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

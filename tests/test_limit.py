@@ -204,7 +204,7 @@ def brute_hessian(model, batches):
         named = {"a.weight": a.view(shapes[0]), "b.weight": b.view(shapes[1])}
         return nn.functional.cross_entropy(torch.func.functional_call(model, named, (x,)), y)
 
-    return torch.func.hessian(loss)(flat), torch.func.grad(loss)(flat)
+    return torch.func.hessian(loss)(flat).detach(), torch.func.grad(loss)(flat).detach()
 
 
 def test_products_are_those_of_the_brute_force_hessian():
@@ -502,7 +502,7 @@ def test_mistakes_are_told_before_anything_is_loaded(words, part, capsys):
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys, hf_prune.cli as c\ntry:\n    c.main(['limit', '--help'])\nfinally:\n    print('torch' in sys.modules)"
+    code = "import sys, hf_prune.cli as c\ntry: c.main(['limit', '--help'])\nfinally: print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert answer.returncode == 0 and answer.stdout.strip().splitlines()[-1] == "False"
     assert max(map(len, answer.stdout.splitlines())) <= 80
