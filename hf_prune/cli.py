@@ -39,6 +39,7 @@ COMMANDS = {
     "verify": "hf_prune.verify",
     "inspect": "hf_prune.inspect",
     "convert": "hf_prune.compress",
+    "train": "hf_prune.train",
 }
 
 EXAMPLES = """\
@@ -46,7 +47,7 @@ examples:
   hf-prune google/vit-base-patch16-224 --nm 2:4
   hf-prune ./my-model --sparsity 0.7 --dataset ./images --output-dir out
 
-commands: demo, push, verify, inspect, convert (hf-prune COMMAND --help)
+commands: demo, push, verify, inspect, convert, train (hf-prune COMMAND --help)
 A recipe (--recipe FILE) holds the same keys as these flags; flags win.
 """
 

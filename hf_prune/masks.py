@@ -171,6 +171,4 @@ def signed_constants(network: nn.Module, weights: Prunable) -> None:
 def random_scores(weights: Prunable, values: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Uniform in 0..1: at the start every other weight counts."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.rand(values[name].shape, generator=generator).to(values[name].device) for name in weights.names
-    }
+    return {name: torch.rand(values[name].shape, generator=generator).to(values[name].device) for name in weights.names}

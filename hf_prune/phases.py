@@ -226,7 +226,13 @@ def smart_ratio_counts(sizes: Sequence[int], linear: Sequence[bool], keep: int, 
     counts: dict[int, float] = {i: share * sizes[i] for i in fixed}
     open_ = [i for i in range(total) if i not in fixed]
     left = keep - sum(counts.values())
-    if left < len(open_) or sum(sizes[i] for i in open_) < left:
+    room = sum(sizes[i] for i in open_)
+    if room < left:
+        raise ValueError(
+            f"smart_ratio.linear {share:g} leaves {round(left):,} weights to the other layers, and the other layers "
+            f"have only {room:,}: raise it, or set it to 0 to put all layers under the formula."
+        )
+    if left < len(open_):
         raise ValueError(
             f"smart_ratio.linear {share:g} keeps {round(sum(counts.values())):,} weights in the linear layers alone, "
             f"and {keep:,} are to stay in all: lower it, or set it to 0 to put them under the formula."

@@ -2,8 +2,8 @@
 
     result = train(network, data, chosen, accelerator)       # the network is trained and pruned in place
 
-After a kill, `train(..., checkpoint=folder, resume=True)` goes on at the end of the last epoch that was written, and ends
-with the same weights to the bit: order of the images, augmentation and dropout are drawn from the seed and the epoch.
+After a kill, `train(..., checkpoint=folder, resume=True)` goes on at the end of the last epoch that was written, and
+ends with the same weights to the bit: order of the images, augmentation and dropout are drawn from seed and epoch.
 """
 
 from __future__ import annotations
@@ -160,6 +160,8 @@ class _Run:
     initial: dict[str, Tensor]
     clock: Callable[[], float] = time.perf_counter
     written: float = -math.inf
+    learner: nn.Module | None = None  # the network, or Scored around it, as accelerate knows it
+    prepared: tuple[Any, Any] | None = None  # (learner, optimizer) wrapped by accelerate
 
     def values(self) -> dict[str, Tensor]:
         named = dict(self.network.named_parameters())
@@ -169,26 +171,22 @@ class _Run:
         """One phase from start to record; from the state in `resumed` on, if that is given."""
         kept, began = self.kept, self.clock()
         index = len(kept.history)
-        self.tell({"event": "phase", "name": phase.name, "index": index, "phases": len(self.planned)})
         if resumed is None:
             kept.epoch = 0
             self._begin(phase)
+        self.tell({"event": "phase", "name": phase.name, "index": index, "phases": len(self.planned)})
         train_loss = self._fit(phase, resumed) if phase.epochs else None
         record: dict[str, Any] = {
             "name": phase.name, "epochs": phase.epochs, "l1": phase.l1, "train_loss": train_loss,
             "sparsity": 1 - masking.kept(kept.masks) / self.weights.numel, "pruned": phase.prune is not None,
         }  # fmt: skip
-        subject: nn.Module = self.network
-        if phase.learn == "scores":
-            subject = Scored(self.network, kept.scores, kept.masks)
+        subject = self.learner if phase.learn == "scores" and self.learner is not None else self.network
         if phase.epochs:
             for name, part in (("validation", self.data.validation), ("test", self.data.test)):
                 measured = self.measure(subject, part)
                 record[f"{name}_loss"], record[f"{name}_accuracy"] = measured["loss"], measured["accuracy"]
         if phase.spread:
             record["train_loss_spread"] = self.measure(subject, self.data.train)["spread"]
-        for parameter in self.network.parameters():  # Scored froze them
-            parameter.requires_grad_(True)
         if phase.curve:
             kept.curve = self._curve()
         if phase.remember:
@@ -229,9 +227,8 @@ class _Run:
             values = self.values()
             level = Pattern.unstructured(sparsity, "model")
             masking.multiply(values, masking.by_size(self.weights, values, masking.full(self.weights, values), level))
-            test, validation = self.measure(self.network, self.data.test), self.measure(
-                self.network, self.data.validation
-            )
+            test = self.measure(self.network, self.data.test)
+            validation = self.measure(self.network, self.data.validation)
             found.append(
                 {"sparsity": sparsity, "test_loss": test["loss"], "test_accuracy": test["accuracy"],
                  "validation_loss": validation["loss"]}
@@ -240,7 +237,7 @@ class _Run:
         return found
 
     def measure(self, subject: nn.Module, part: Part) -> dict[str, Any]:
-        """Loss and accuracy in float32 over all ranks' shares; spread: standard deviation of the loss of batches of 128."""
+        """Loss and accuracy in float32 over all ranks; spread: standard deviation of the loss of batches of 128."""
         training = subject.training
         subject.eval()
         sums = torch.zeros(3, dtype=torch.float64)  # loss, hits, images
@@ -266,19 +263,13 @@ class _Run:
     def _fit(self, phase: Phase, resumed: Path | None) -> float:
         """Train for the epochs of a phase; returns the mean loss of its last epoch, penalty not included."""
         chosen, kept, accelerator = self.chosen, self.kept, self.accelerator
-        learner: nn.Module = self.network
-        learned = self.values()
-        if phase.learn == "scores":
-            learner = scored = Scored(self.network, kept.scores, kept.masks)
-            learned = scored.named_scores()
-        learner.train()
-        optimizer = _optimizer(phase, chosen, learner)
-        prepared, prepared_optimizer = accelerator.prepare(learner, optimizer)
-        named = [p for name, p in self.network.named_parameters() if name in kept.masks]
+        learner, prepared, optimizer = self._ready(phase)
         if resumed is not None:
             accelerator.load_state(str(resumed))
-            if isinstance(learner, Scored):
-                learner.masks = kept.masks
+        if isinstance(learner, Scored):
+            learner.masks = kept.masks
+        learned = learner.named_scores() if isinstance(learner, Scored) else self.values()
+        named = [p for name, p in self.network.named_parameters() if name in kept.masks]
         steps = training_data.steps(len(self.data.train), chosen.batch_size)
         peak = chosen.options["lr"] if phase.learn == "scores" else chosen.lr
         for epoch in range(kept.epoch, phase.epochs):
@@ -302,8 +293,8 @@ class _Run:
                     accelerator.backward(loss + chosen.options["decay"] * squares)
                 else:
                     accelerator.backward(loss)
-                prepared_optimizer.step()
-                prepared_optimizer.zero_grad()
+                optimizer.step()
+                optimizer.zero_grad()
                 if phase.learn == "scores":
                     with torch.no_grad():
                         for score in learned.values():
@@ -325,11 +316,35 @@ class _Run:
                 )
             kept.epoch, kept.loss = epoch + 1, mean
             self._save()
-        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-        accelerator.free_memory()
         if isinstance(learner, Scored):
             kept.scores = {name: score.detach().clone() for name, score in learner.named_scores().items()}
         return kept.loss
+
+    def _ready(self, phase: Phase) -> tuple[nn.Module, Any, Any]:
+        """What learns, the same wrapped by accelerate, and its optimizer without memory of an earlier phase."""
+        if self.learner is not None and isinstance(self.learner, Scored) != (phase.learn == "scores"):
+            assert self.prepared is not None
+            self.accelerator.unwrap_model(self.prepared[0], keep_fp32_wrapper=False)
+            self.accelerator.free_memory()
+            self.learner = self.prepared = None
+        for parameter in self.network.parameters():
+            parameter.requires_grad_(phase.learn != "scores")
+        if self.learner is None or self.prepared is None:
+            self.learner = self.network
+            if phase.learn == "scores":
+                if not self.kept.scores:  # about to be loaded: the state of a killed run holds them
+                    self.kept.scores = {name: torch.zeros_like(value) for name, value in self.values().items()}
+                self.learner = Scored(self.network, self.kept.scores, self.kept.masks)
+            optimizer = _optimizer(phase, self.chosen, self.learner)
+            self.prepared = self.accelerator.prepare(self.learner, optimizer)
+        model, optimizer = self.prepared
+        optimizer.optimizer.state.clear()
+        if isinstance(self.learner, Scored):
+            with torch.no_grad():
+                for name, score in self.learner.named_scores().items():
+                    score.copy_(self.kept.scores[name])
+        self.learner.train()
+        return self.learner, model, optimizer
 
     def _save(self) -> None:
         """Write the state beside the last one, then let the last one go: at any moment there is a whole one."""

@@ -117,7 +117,7 @@ def _sets(chosen: Training, token: str | None) -> tuple[Any, Any]:
         found = digits()
         fit = (found.train + found.calibration)[: chosen.samples]
         return image_set(fit, "train", labelled=True), image_set(found.test, "test", labelled=True)
-    columns = {"image_column": chosen.image_column, "label_column": chosen.label_column}
+    columns: dict[str, Any] = {"image_column": chosen.image_column, "label_column": chosen.label_column}
     train = images(
         chosen.dataset, config=chosen.config, split=chosen.split, samples=chosen.samples, seed=0, streaming=False,
         token=token, **columns,
@@ -148,7 +148,9 @@ def _decode(images: Iterable[Any], size: int | tuple[int, int] | None) -> tuple[
     """(pixels (n, 3, h, w), labels (n,)); an image without a label is left out. size: side, or (height, width)."""
     from PIL import Image
 
-    pixels, labels, held = [], [], 0
+    pixels: list[np.ndarray] = []
+    labels: list[int] = []
+    held = 0
     for image, label in images:
         if label is None:
             continue

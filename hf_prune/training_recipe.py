@@ -3,8 +3,8 @@
     resolve("lenet300-mnist", flags={"method": "imp", "sparsity": 0.95}, sets=["imp.rewind=2"]) -> Training
 
 A recipe names a network and a dataset and holds options for every method, so one file serves a whole table. Order, the
-later wins: the recipe, `--set key=value`, the flags. Everything that is wrong is said in one ValueError, before any data
-is opened.
+later wins: the recipe, `--set key=value`, the flags. Everything that is wrong is said in one ValueError, before any
+data is opened.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ KEYS: dict[str, Callable[[Any], str | None]] = {
     "precision": recipe._one_of(*PRECISIONS),
     "device": recipe._device,
     "seed": recipe._whole(0),
-    **{key: recipe._mapping for key in NESTED},
+    **dict.fromkeys(NESTED, recipe._mapping),
 }
 OPTIONS: dict[str, dict[str, Callable[[Any], str | None]]] = {
     "lomp": {"l1": _auto_or(_from(0, 10)), "grid": _numbers, "eps": _auto_or(_above(0)), "proximal": recipe._yes_no},
