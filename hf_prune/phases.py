@@ -32,6 +32,7 @@ class Phase:
     remember: bool = False  # keep the weights at the end as "early"
     spread: bool = False  # measure how much the training loss of batches of 128 varies
     curve: bool = False  # before pruning, measure magnitude pruning at a range of sparsities
+    trial: Pattern | None = None  # measure what this would leave; remember the weights if it is the best so far
     prune: Pattern | None = None  # after the training
     by: str = "magnitude"  # what decides: magnitude, scores, ratio (Smart-Ratio's random draw)
 
@@ -43,9 +44,11 @@ class Phase:
 @dataclass(frozen=True)
 class Lomp:
     """l1: λ, or "auto". grid: the λ of "auto". eps: tolerated rise of the loss in nats, or "auto" for the standard
-    deviation over batches of 128 of the dense training loss (the paper's choice, tiny for overfitted networks)."""
+    deviation over batches of 128 of the dense training loss (the paper's choice, tiny for overfitted networks).
+    choose: what "auto" goes by: "dense", the loss before the threshold, or "pruned", the loss after it."""
 
     l1: float | str = "auto"
+    choose: str = "dense"
     grid: tuple[float, ...] = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
     eps: float | str = 0.1
     proximal: bool = False
@@ -90,24 +93,29 @@ def lomp(options: Lomp, pattern: Pattern, epochs: int, past: Past) -> Phase | No
     """Train with λ Σ|w|, then one global magnitude threshold, and no training after it (arXiv 2306.05857).
 
     The paper chooses λ by hand. "auto": train without penalty, then with the λ of the grid from the largest down, each
-    from the same initial weights; the first whose validation loss is at most eps/2 above that of the network without
-    penalty is taken, λ = 0 if none is.
+    from the same initial weights. choose "dense": the first whose validation loss is at most eps/2 above that of the
+    network without penalty is taken, λ = 0 if none is. choose "pruned": all are tried, and the one with the least
+    validation loss under the threshold is taken.
     """
-    prune = Phase("threshold", 0, prune=pattern, curve=True)
-    if options.l1 != "auto":
-        told = [Phase(f"L1 {options.l1:g}", epochs, l1=float(options.l1), proximal=options.proximal), prune]
-        return told[len(past)] if len(past) < len(told) else None
-    if not past:
-        return Phase("no L1", epochs, remember=True, spread=True)
-    if past[-1]["pruned"]:
+    if past and past[-1]["pruned"]:
         return None
-    if len(past) > 1 and tolerated(options, past[0], past[-1]):
-        return prune
+    if options.l1 != "auto":
+        l1 = float(options.l1)
+        if past:
+            return Phase("threshold", 0, l1=l1, prune=pattern)
+        return Phase(f"L1 {l1:g}", epochs, l1=l1, proximal=options.proximal, curve=True)
+    by_result = options.choose == "pruned"
+    trial = pattern if by_result else None
+    if not past:
+        return Phase("no L1", epochs, remember=not by_result, trial=trial, spread=True, curve=True)
+    if not by_result and len(past) > 1 and tolerated(options, past[0], past[-1]):
+        return Phase("threshold", 0, l1=past[-1]["l1"], prune=pattern)
     grid = sorted(options.grid, reverse=True)
     if len(past) <= len(grid):
-        weight = grid[len(past) - 1]
-        return Phase(f"L1 {weight:g}", epochs, start="initial", l1=weight, proximal=options.proximal)
-    return Phase("threshold, no L1", 0, start="early", prune=pattern, curve=True)
+        l1 = grid[len(past) - 1]
+        return Phase(f"L1 {l1:g}", epochs, start="initial", l1=l1, proximal=options.proximal, trial=trial, curve=True)
+    best = min(past, key=lambda record: record["trial_loss"])["l1"] if by_result else 0.0
+    return Phase("threshold", 0, l1=best, start="early", prune=pattern)
 
 
 def tolerated(options: Lomp, reference: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
@@ -209,7 +217,8 @@ def longest(method: str, options: Any, pattern: Pattern | None, epochs: int) -> 
     while (phase := METHODS[method](options, pattern, epochs, past)) is not None:
         found.append(phase)
         loss = 0.0 if len(found) == 1 else math.inf
-        past.append({"validation_loss": loss, "train_loss_spread": 0.0, "pruned": phase.prune is not None})
+        past.append({"validation_loss": loss, "train_loss_spread": 0.0, "trial_loss": 0.0, "l1": phase.l1,
+                     "pruned": phase.prune is not None})  # fmt: skip
     return found
 
 

@@ -227,6 +227,7 @@ def compose(
         layers.append({"name": name, "shape": list(values[name].shape), "total": count, "kept": count,
                        "nonzero": int((values[name] != 0).sum()), "dense_reason": reason})  # fmt: skip
     pattern = chosen.pattern()
+    l1 = float(found.history[-1]["l1"]) if chosen.method == "lomp" else None
     test = {key: found.test[key] for key in ("accuracy", "loss", "images")}
     return {
         "training_version": VERSION,
@@ -238,8 +239,8 @@ def compose(
                     "parameters": sum(p.numel() for p in network.parameters())},
         "test": test | {"accuracy_interval": wilson(found.test["hits"], found.test["images"])},
         "validation": {key: found.validation[key] for key in ("accuracy", "loss", "images")},
-        "curve": found.curve,
-        "l1": _l1(found),
+        "curve": _curve(found, l1),
+        "l1": l1,
         "phases": found.history,
         "epochs": found.epochs,
         "layers": layers,
@@ -254,11 +255,9 @@ def compose(
     }  # fmt: skip
 
 
-def _l1(found: Result) -> float | None:
-    """The λ of the network that was thresholded; None where no penalty was in play."""
-    if len(found.history) < 2 or "threshold" not in found.history[-1]["name"]:
-        return None
-    return 0.0 if found.history[-1]["name"] == "threshold, no L1" else float(found.history[-2]["l1"])
+def _curve(found: Result, l1: float | None) -> list[dict[str, Any]]:
+    """The chosen network under one threshold at several sparsities; empty for methods that train under a mask."""
+    return next((p["curve"] for p in found.history if "curve" in p and p["l1"] == (l1 or 0.0)), [])
 
 
 # ------------------------------------------------------------------------------------------------------ what is said
@@ -299,7 +298,7 @@ def summary(told: Mapping[str, Any], folder: Path) -> str:
         lines.append(f"L1 penalty       {told['l1']:g}")
     if told["curve"]:
         lines += ["", "the trained network under one magnitude threshold, nothing trained after it"]
-        lines.append("sparsity     " + "".join(f"{p['sparsity']:>8g}" for p in told["curve"]))
+        lines.append("sparsity     " + "".join(f"{p['sparsity']:>8.3g}" for p in told["curve"]))
         lines.append("accuracy, %  " + "".join(f"{100 * p['test_accuracy']:>8.2f}" for p in told["curve"]))
     kept = [layer for layer in told["layers"] if layer["dense_reason"] not in (None, "skip")]
     lines += [f"dense: {layer['name']}: {layer['dense_reason']}" for layer in kept]

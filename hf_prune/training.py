@@ -47,7 +47,6 @@ class Result:
     history: list[dict[str, Any]]  # one record per phase
     test: dict[str, Any]  # loss, accuracy, hits, images
     validation: dict[str, Any]
-    curve: list[dict[str, Any]]  # one magnitude threshold at several sparsities, without training after it
     prunable: Prunable
     masks: Masks
     epochs: int  # passes over the training images in all
@@ -62,7 +61,6 @@ class _Kept:
         self.early: dict[str, Tensor] = {}  # weights and buffers to rewind to
         self.scores: dict[str, Tensor] = {}
         self.history: list[dict[str, Any]] = []
-        self.curve: list[dict[str, Any]] = []
         self.epoch = 0  # finished epochs of the present phase
         self.loss = math.nan  # mean training loss of the last one
         self.seconds = 0.0
@@ -76,7 +74,7 @@ class _Kept:
             setattr(self, key, {name: tensor.to(device) for name, tensor in value.items()})
 
     def journal(self) -> dict[str, Any]:
-        names = ("history", "curve", "epoch", "loss", "seconds")
+        names = ("history", "epoch", "loss", "seconds")
         return {name: getattr(self, name) for name in names}
 
 
@@ -135,7 +133,6 @@ def train(
         history=kept.history,
         test=run.measure(network, data.test),
         validation=run.measure(network, data.validation),
-        curve=kept.curve,
         prunable=weights,
         masks=kept.masks,
         epochs=sum(record["epochs"] for record in kept.history),
@@ -188,8 +185,12 @@ class _Run:
         if phase.spread:
             record["train_loss_spread"] = self.measure(subject, self.data.train)["spread"]
         if phase.curve:
-            kept.curve = self._curve()
-        if phase.remember:
+            record["curve"] = [self._under(Pattern.unstructured(sparsity, "model")) for sparsity in CURVE]
+        remember = phase.remember
+        if phase.trial is not None:
+            record["trial_loss"] = self._under(phase.trial)["validation_loss"]
+            remember = all(record["trial_loss"] < past["trial_loss"] for past in kept.history)
+        if remember:
             kept.early = _copy(self.network)
         if phase.prune is not None:
             self._prune(phase)
@@ -220,21 +221,18 @@ class _Run:
         if kept.scores:
             masking.multiply(kept.scores, kept.masks)
 
-    def _curve(self) -> list[dict[str, Any]]:
-        """One magnitude threshold over the trained weights at several sparsities; the weights are as before after."""
-        saved, found = _copy(self.network), []
-        for sparsity in CURVE:
-            values = self.values()
-            level = Pattern.unstructured(sparsity, "model")
-            masking.multiply(values, masking.by_size(self.weights, values, masking.full(self.weights, values), level))
-            test = self.measure(self.network, self.data.test)
-            validation = self.measure(self.network, self.data.validation)
-            found.append(
-                {"sparsity": sparsity, "test_loss": test["loss"], "test_accuracy": test["accuracy"],
-                 "validation_loss": validation["loss"]}
-            )  # fmt: skip
-            self.network.load_state_dict(saved)
-        return found
+    def _under(self, level: Pattern) -> dict[str, Any]:
+        """One magnitude threshold over the weights as they are; they are as before after."""
+        values, saved = self.values(), _copy(self.network)
+        found = masking.by_size(self.weights, values, masking.full(self.weights, values), level)
+        masking.multiply(values, found)
+        test, validation = self.measure(self.network, self.data.test), self.measure(self.network, self.data.validation)
+        self.network.load_state_dict(saved)
+        return {
+            "sparsity": 1 - masking.kept(found) / self.weights.numel, "test_loss": test["loss"],
+            "test_accuracy": test["accuracy"], "validation_loss": validation["loss"],
+            "validation_accuracy": validation["accuracy"],
+        }  # fmt: skip
 
     def measure(self, subject: nn.Module, part: Part) -> dict[str, Any]:
         """Loss and accuracy in float32 over all ranks; spread: standard deviation of the loss of batches of 128."""

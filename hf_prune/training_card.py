@@ -86,7 +86,7 @@ def _safe(name: str) -> str:
 def _curve(points: Any) -> str:
     if not points:
         return ""
-    rows = [(f"{p['sparsity']:g}", f"{100 * p['test_accuracy']:.2f} %", f"{p['test_loss']:.4f}") for p in points]
+    rows = [(f"{p['sparsity']:.3g}", f"{100 * p['test_accuracy']:.2f} %", f"{p['test_loss']:.4f}") for p in points]
     return "The trained network under one magnitude threshold, without training after it:\n\n" + _table(
         ("sparsity", "accuracy", "loss"), rows
     )

@@ -154,7 +154,13 @@ KEYS: dict[str, Callable[[Any], str | None]] = {
     **dict.fromkeys(NESTED, recipe._mapping),
 }
 OPTIONS: dict[str, dict[str, Callable[[Any], str | None]]] = {
-    "lomp": {"l1": _auto_or(_from(0, 10)), "grid": _numbers, "eps": _auto_or(_above(0)), "proximal": recipe._yes_no},
+    "lomp": {
+        "l1": _auto_or(_from(0, 10)),
+        "grid": _numbers,
+        "eps": _auto_or(_above(0)),
+        "proximal": recipe._yes_no,
+        "choose": recipe._one_of("dense", "pruned"),
+    },
     "imp": {"rewind": recipe._whole(0), "share": _above(0, 1), "through": _shares},
     "rare_gems": {"epochs": recipe._whole(0), "every": recipe._whole(1), "lr": _above(0), "decay": _from(0, 1)},
     "smart_ratio": {"linear": _auto_or(_from(0, 1))},

@@ -124,7 +124,7 @@ def test_auto_takes_the_largest_tolerated_penalty() -> None:
     options, goal = phases.Lomp(grid=(1e-4, 1e-2, 1e-3), eps=0.1), Pattern(sparsity=0.9, scope="model")
 
     def done(loss: float) -> dict[str, Any]:
-        return {"validation_loss": loss, "train_loss_spread": 0.02, "pruned": False}
+        return {"validation_loss": loss, "train_loss_spread": 0.02, "pruned": False, "l1": 1e-4}
 
     tried: list[dict[str, Any]] = [done(0.3)]
     weights = []
@@ -139,10 +139,19 @@ def test_auto_takes_the_largest_tolerated_penalty() -> None:
     assert phases.lomp(options, goal, 5, [*tried, {**done(0), "pruned": True}]) is None
     # none tolerated: back to the network without penalty, not to the last one tried
     none = phases.lomp(options, goal, 5, [done(0.3), done(0.9), done(0.9), done(0.9)])
-    assert none is not None and none.start == "early" and none.prune == goal
+    assert none is not None and none.start == "early" and none.prune == goal and none.l1 == 0
     # eps auto is the spread of the dense training loss
     spread = dataclasses.replace(options, eps="auto")
     assert phases.tolerated(spread, done(0.3), done(0.309)) and not phases.tolerated(spread, done(0.3), done(0.311))
+
+
+def test_auto_by_result_takes_the_penalty_that_is_best_under_the_threshold(digits: Data) -> None:
+    chosen = settings("lomp", sparsity=0.7, epochs=6, sets=("lomp.choose=pruned", "lomp.grid=[3e-2,3e-3,3e-4]"))
+    network, found = perform(chosen, digits)
+    trials = {record["l1"]: record["trial_loss"] for record in found.history[:-1]}
+    assert len(trials) == 4 and found.history[-1]["l1"] == min(trials, key=trials.__getitem__)
+    # the network is the one that was tried, to the bit
+    assert found.validation["loss"] == trials[found.history[-1]["l1"]]
 
 
 def test_lomp_thresholds_the_network_it_trained(digits: Data) -> None:
