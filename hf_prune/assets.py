@@ -8,7 +8,8 @@ import difflib
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
-_SUFFIX = {"recipes": ".yaml", "model_cards": ".md", "data": ""}  # "data" holds folders, e.g. data/demo
+# "data" holds folders, e.g. data/demo
+_SUFFIX = {"recipes": ".yaml", "recipes/train": ".yaml", "model_cards": ".md", "data": ""}
 
 
 def _folder(kind: str) -> Path:

@@ -33,11 +33,14 @@ CARD = "README.md"
 SLACK = 16 * 2**20  # bytes for config, processor, card and report beside the weights
 
 
-def refuse_existing(folder: str | Path, *, overwrite: bool = False, source: str | Path | None = None) -> None:
+def refuse_existing(
+    folder: str | Path, *, overwrite: bool = False, source: str | Path | None = None, mark: str = REPORT
+) -> None:
     """Raise ValueError when the output must not go to `folder`; called before any work.
 
     overwrite replaces a folder that hf_prune wrote, or an empty one, and nothing else: `--output-dir ~` must not be
-    able to delete a home. source: the model's own folder, which is never written to.
+    able to delete a home. source: the model's own folder, which is never written to. mark: the file by which such a
+    folder is known.
     """
     target = _real(folder)
     if source is not None and Path(source).is_dir() and target == _real(source):
@@ -52,9 +55,9 @@ def refuse_existing(folder: str | Path, *, overwrite: bool = False, source: str 
         return
     if not overwrite:
         raise ValueError(f"--output-dir {folder} exists already: choose another one, or replace it with --overwrite.")
-    if not (target / REPORT).is_file():
+    if not (target / mark).is_file():
         raise ValueError(
-            f"--overwrite: {folder} was not written by hf-prune (it holds no {REPORT}); "
+            f"--overwrite: {folder} was not written by hf-prune (it holds no {mark}); "
             f"remove it yourself if it can go."
         )
 

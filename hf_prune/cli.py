@@ -40,6 +40,7 @@ COMMANDS = {
     "inspect": "hf_prune.inspect",
     "convert": "hf_prune.compress",
     "limit": "hf_prune.limit_command",
+    "train": "hf_prune.train",
 }
 
 EXAMPLES = """\
@@ -47,7 +48,7 @@ examples:
   hf-prune google/vit-base-patch16-224 --nm 2:4
   hf-prune ./my-model --sparsity 0.7 --dataset ./images --output-dir out
 
-commands: demo, push, verify, inspect, convert, limit (hf-prune COMMAND --help)
+commands: demo, push, verify, inspect, convert, limit, train (hf-prune COMMAND --help)
 A recipe (--recipe FILE) holds the same keys as these flags; flags win.
 """
 

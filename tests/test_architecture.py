@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "hf_prune"
 
 # A new file of hf_prune is entered here; methods/ is the one folder where a new file needs no entry.
-TENSORS = {"pattern", "spectrum", "packing", "objective", "linalg", "fisher", "joined"}
+TENSORS = {"pattern", "spectrum", "packing", "objective", "linalg", "fisher", "joined", "phases"}
 MODEL = {
     "sites",
     "gradients",
@@ -27,10 +27,40 @@ MODEL = {
     "importance",
     "limit",
     "curvature",
+    "masks",
+    "networks",
 }
-EDGE = {"__init__", "__main__", "recipe", "plan", "models", "source", "calibration", "evaluation", "labels", "metrics",
-        "checkpoint", "compress", "quantizer", "verify", "inspect",
-        "report", "card", "hub", "cli", "demo", "assets", "schema", "limit_command", "limit_page"}  # fmt: skip
+EDGE = {
+    "__init__",
+    "__main__",
+    "recipe",
+    "plan",
+    "models",
+    "source",
+    "calibration",
+    "evaluation",
+    "labels",
+    "metrics",
+    "checkpoint",
+    "compress",
+    "quantizer",
+    "verify",
+    "inspect",
+    "report",
+    "card",
+    "hub",
+    "cli",
+    "demo",
+    "assets",
+    "schema",
+    "limit_command",
+    "limit_page",
+    "train",
+    "training",
+    "training_recipe",
+    "training_data",
+    "training_card",
+}
 HUGGING_FACE = {"transformers", "timm", "datasets", "evaluate", "accelerate", "huggingface_hub"}
 # Third parties. EDGE may use what pyproject.toml lists.
 ALLOWED = {"TENSORS": {"torch"}, "MODEL": {"torch", "numpy", "safetensors"}}
