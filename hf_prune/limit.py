@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import loop, ranks, sites
+from . import linalg, loop, ranks, sites
 from .curvature import Images, NoSecondDerivative, Task, measure, prepare
 from .pattern import Pattern
 from .spectrum import Lanczos, Removal, bounds, fixed_point, from_trace, mean_curvature, probe, share, spread
@@ -150,7 +150,7 @@ def limit(
     batches, held = list(batches), list(held_out)
     if not batches:
         raise ValueError("no calibration batch was given; at least one image is needed.")
-    with loop.exact_matmul():
+    with linalg.matmul("highest"):
         images = _targets(model, batches)
         judged = _targets(model, held) if ranks.agree(float(len(held))) else None
         base = replace(recipe or loop.Recipe(), nm=None, sparsity=0.5, scope="model")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class matmul:
-    """Sets how float32 matrix products are computed: "highest", or "medium", from bfloat16 or TF32 factors
+    """Sets how float32 matrix products are computed: "highest", or "medium" from bfloat16 or TF32 factors
     summed in float32 where the hardware has units for it.  Vectors and sums stay float32 either way."""
 
     def __init__(self, precision: str) -> None:
