@@ -343,7 +343,7 @@ class Mixer(nn.Module):
     def __init__(self, fused):
         super().__init__()
         self.norm, self.out = nn.LayerNorm(8), nn.Linear(12, 8)
-        self.parts = nn.ModuleList([nn.Linear(8, 24)] if fused else [nn.Linear(8, 12), nn.Linear(8, 8), nn.Linear(8, 4)])
+        self.parts = nn.ModuleList(nn.Linear(8, out) for out in ([24] if fused else [12, 8, 4]))
 
     def forward(self, x):
         y = self.norm(x)
