@@ -90,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     group = top.add_argument_group("how")
     group.add_argument("--recipe", metavar="NAME|FILE", help="snows (default), snows-paper, magnitude, ...")
     group.add_argument("--set", metavar="KEY=VALUE", action="append", help="a key of the recipe: solve.ridge=.05")
+    group.add_argument("--permute", metavar="SCORE", help="reorder channels first: none, magnitude, activation, obs")
     group.add_argument("--seed", metavar="N", type=_whole, help="default 0")
     group.add_argument("--device", metavar="DEV", help="cpu, cuda, cuda:1, mps; default: what is there")
     group.add_argument("--dtype", metavar="DTYPE", help="of the written weights; default: as they were")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import methods, ranks, resume, sites, staged, walk
+from . import methods, permute, ranks, resume, sites, staged, walk
 from .collect import Pair, Target, find_junctions, grams, holding
 from .importance import Key, Metric, importance
 from .linalg import matmul
@@ -39,6 +39,7 @@ class Recipe:
     mask: dict[str, Any] = field(default_factory=lambda: {"method": "obs"})
     solve: dict[str, Any] | None = field(default_factory=lambda: {"method": "least_squares"})
     refine: dict[str, Any] | None = None
+    permute: str = "none"  # reorder channels first: what the order should keep, one of permute.SCORES
     target: dict[str, Any] = field(default_factory=dict)  # keyword arguments of collect.Target: mix, residual, bias
     prune_stem: bool = False
     prune_head: bool = False
@@ -86,6 +87,7 @@ class Report:
     resources: dict[str, Any]
     calibration: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    permutation: dict[str, Any] | None = None  # None: channels stand where they stood
 
 
 @dataclass
@@ -191,6 +193,15 @@ def prune(
         target = Target(**recipe.target)
         tell({"event": "start", "layers": len(chosen.patterns)})
         notes: list[str] = []
+        permutation = None
+        if recipe.permute != "none":
+            if recipe.pattern().m:
+                tell({"event": "stage", "text": "reordering channels"})
+                wanted = [s for u in chosen.units for s in u.sites]
+                found = permute.permute(model, batches, wanted, chosen.patterns, recipe.permute)
+                permutation = permute.told(found, recipe.permute)
+            else:
+                notes.append(f"permute {recipe.permute} did nothing: only N:M patterns depend on the channels' order.")
         if staged.wanted(recipe):
 
             def blocks(recipe: Recipe, patterns: dict[str, Any]) -> list[dict]:
@@ -213,6 +224,7 @@ def prune(
         },
         calibration={"samples": images},
         notes=notes,
+        permutation=permutation,
     )
 
 

@@ -32,6 +32,7 @@ DATASET = "timm/mini-imagenet"
 EVAL_SAMPLES = 1000  # an accuracy near one half is then known to 3 points, and minutes suffice on a CPU
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SCOPES = ("layer", "row", "model")
+PERMUTE = ("none", "magnitude", "activation", "obs")  # permute.SCORES, without its imports
 
 # Of one invocation, not of a run: a recipe that came from elsewhere must not decide about code, secrets or folders.
 COMMAND_ONLY = (
@@ -128,6 +129,7 @@ KEYS: dict[str, Callable[[Any], str | None]] = {
     "mask": _method,
     "solve": _method,
     "refine": _method,
+    "permute": _one_of(*PERMUTE),
     "target": _mapping,
     "stages": _whole(1),
     "schedule": _one_of("exponential", "linear", "cubic", "ratio"),

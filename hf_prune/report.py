@@ -72,6 +72,7 @@ def compose(
         # where there is no device nothing was measured on it: null, and not 0 bytes
         "resources": {**result.resources, "peak_device_bytes": result.resources["peak_device_bytes"] or None},
         "compressed": _compressed(run, compressed),
+        "permutation": result.permutation,
     }
 
 

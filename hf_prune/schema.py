@@ -77,6 +77,10 @@ LATER: Keys = {
         ),
         'null, or {"file": name, "only": true or false}',
     ),
+    "permutation": (
+        lambda value: value is None or (_mapping(value) and _text(value.get("score")) and _list(value.get("groups"))),
+        'null, or {"score": name, "groups": list}',
+    ),
 }
 MODEL: Keys = {
     "source": (_text, "the model as the user named it"),
