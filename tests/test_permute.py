@@ -1,4 +1,4 @@
-"""Reordering channels before pruning: the dense model computes the same, the mask keeps more, and nothing else changes."""
+"""Reordering channels: the dense model computes the same, the mask keeps more, and nothing else changes."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hf_prune
-from hf_prune import permute, recipe, sites
+from hf_prune import permute, recipe
 from hf_prune.loop import choose
 
 
