@@ -41,6 +41,7 @@ COMMANDS = {
     "convert": "hf_prune.compress",
     "limit": "hf_prune.limit_command",
     "train": "hf_prune.train",
+    "plan": "hf_prune.forecast",
 }
 
 EXAMPLES = """\
@@ -48,7 +49,7 @@ examples:
   hf-prune google/vit-base-patch16-224 --nm 2:4
   hf-prune ./my-model --sparsity 0.7 --dataset ./images --output-dir out
 
-commands: demo, push, verify, inspect, convert, limit, train (hf-prune COMMAND --help)
+commands: demo, plan, push, verify, inspect, convert, limit, train (hf-prune COMMAND --help)
 A recipe (--recipe FILE) holds the same keys as these flags; flags win.
 """
 
@@ -207,8 +208,8 @@ def _complain(error: object) -> None:
         print(f"hf-prune (rank {rank}): {error}", file=sys.stderr)
 
 
-def run(args: Mapping[str, Any], words: Sequence[str]) -> int:
-    """The main command. args: what was typed. words: the command line, for the card."""
+def run(args: Mapping[str, Any], words: Sequence[str], plan_only: Mapping[str, bool] | None = None) -> int:
+    """The main command. args: what was typed. words: the command line, for the card. plan_only: flags of `plan`."""
     from . import card, checkpoint, plan, report
     from .recipe import to_yaml
 
@@ -240,13 +241,12 @@ def run(args: Mapping[str, Any], words: Sequence[str]) -> int:
     loaded = _load(args, chosen, pick_device(chosen.device, state))
     say.notes(loaded.notes)
     engine = _with_names(chosen, loaded)
+    if args.get("dry_run"):
+        return _forecast(loaded, engine, say, plan_only or {})
     planned = make_plan(loaded.module, _probe(loaded), engine)
     say(plan.text(planned))
     stored = output_bytes(loaded)
     say(plan.output(stored))
-    if args.get("dry_run"):
-        say("Dry run: nothing was pruned and nothing was written.")
-        return 0
     kept = 4 * plan.totals(planned)["prunable"]  # finished blocks, in float32
     on_main(state, lambda: checkpoint.refuse_full_disk(folder, stored + kept))
 
@@ -290,6 +290,24 @@ def run(args: Mapping[str, Any], words: Sequence[str]) -> int:
     on_main(state, write)
     if args.get("push_to_hub"):
         on_main(state, lambda: _publish(args, folder, say))
+    return 0
+
+
+def _forecast(loaded: Loaded, engine: Recipe, say: Talk, flags: Mapping[str, bool]) -> int:
+    """`--dry-run` and `hf-prune plan`."""
+    import json
+
+    from . import forecast
+    from .loop import choose
+
+    probe = not flags.get("no_probe")
+    picked = choose(loaded.module, _probe(loaded), engine)
+    found = forecast.forecast(loaded, picked, engine, probe=probe, tell=say.stage)
+    if flags.get("json"):
+        say(json.dumps(forecast.as_json(found, loaded, engine), indent=1, ensure_ascii=False))
+        return 0
+    say(forecast.text(found))
+    say("Dry run: nothing was pruned and nothing was written.")
     return 0
 
 

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "hf_prune"
 
 # A new file of hf_prune is entered here; methods/ is the one folder where a new file needs no entry.
-TENSORS = {"pattern", "spectrum", "packing", "objective", "linalg", "fisher", "joined", "phases"}
+TENSORS = {"pattern", "spectrum", "packing", "objective", "linalg", "fisher", "joined", "phases", "regroup", "backends"}
 MODEL = {
     "sites",
     "gradients",
@@ -29,6 +29,11 @@ MODEL = {
     "curvature",
     "masks",
     "networks",
+    "axes",
+    "operators",
+    "channels",
+    "permute",
+    "cost",
 }
 EDGE = {
     "__init__",
@@ -60,6 +65,7 @@ EDGE = {
     "training_recipe",
     "training_data",
     "training_card",
+    "forecast",
 }
 HUGGING_FACE = {"transformers", "timm", "datasets", "evaluate", "accelerate", "huggingface_hub"}
 # Third parties. EDGE may use what pyproject.toml lists.

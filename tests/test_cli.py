@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLAGS = """
 --nm --sparsity --scope --skip --only --prune-stem --prune-head
---recipe --set --seed --device --dtype
+--recipe --set --permute --seed --device --dtype
 --dataset --config --split --image-column --label-column --samples --batch-size
 --eval-dataset --eval-split --eval-samples --no-eval
 --output-dir --overwrite --resume --dry-run --compressed --compressed-only --revision --token --trust-remote-code
