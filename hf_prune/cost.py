@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import permute, staged, walk
 from .collect import Pair, Target
-from .importance import importance
-from .loop import Block, Recipe, choose, evidence, exact_matmul, uses_activations
+from .importance import Key, Metric, importance
+from .linalg import matmul
+from .loop import Block, Recipe, choose, evidence, uses_activations
 from .pattern import Pattern
 from .sites import Tape, Use, _tensors, feed, parameters, quiet
 
@@ -51,7 +52,7 @@ def seconds(
         return None
     model = copy.deepcopy(model)
     torch.manual_seed(recipe.seed)
-    with exact_matmul():
+    with matmul("highest"):
         began = time.perf_counter()
         chosen = choose(model, batch, recipe)
         way = walk.Walk(model, chosen.units, batch)
@@ -66,7 +67,7 @@ def seconds(
         target = Target(**recipe.target)
         every = [s for u in chosen.units for s in u.sites]
         weights: list[Any] = [{}, {}]
-        metrics: dict[str, Tensor] = {}
+        metrics: dict[Key, Metric] = {}
         per_image = forward * (2 if recipe.refine is not None or target.mix > 0 else 1) + forward
         if "gram" in evidence(recipe) and (target.importance > 0 or target.metric > 0):
             tell("timing the influence of samples")
@@ -110,7 +111,7 @@ class _Timed:
     recipe: Recipe
     target: Target
     patterns: dict[str, Pattern]
-    metrics: dict[str, Tensor]
+    metrics: dict[Key, Metric]
 
     def once(self, k: int) -> float:
         """Seconds with entry k."""
