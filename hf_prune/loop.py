@@ -187,7 +187,7 @@ def prune(
     batches = [b[0] if isinstance(b, (tuple, list)) else b for b in batches]
     if not batches:
         raise ValueError("no calibration batch was given; at least one image is needed.")
-    with matmul("highest"):
+    with matmul("medium"):
         small = sites.cut(batches[0], 0, 2)
         chosen = choose(model, small, recipe)
         target = Target(**recipe.target)
@@ -340,7 +340,10 @@ class Block:
 
     def window(self, sites_: list[sites.Site], options: dict[str, Any]) -> Window:
         mix = self.target.mix if options.get("mix") is None else options["mix"]
-        how = (options["k"], mix, options["relative"], options["curvature"])
+        last = self.unit.sites[-1]
+        metric = self.metrics.get((last.source, last.conv)) if options["k"] is None and options["relative"] else None
+        joint = metric.of([last.name]) if metric else None
+        how = (options["k"], mix, options["relative"], options["curvature"], joint)
         return Window(self.way, self.index, sites_, self.pairs, self.dense, *how)
 
     def refine(self, masks: dict[str, Tensor], entries: list[dict]) -> None:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import ranks
 from .collect import Pair, holding
+from .linalg import cholesky
 from .sites import Site, Stop, parameters
 from .walk import Walk
 
@@ -116,6 +117,7 @@ class Window:
     sites: whose weights vary, all in unit `index`.  steps: K, or None for the output of unit `last` alone.
     mix: 0 targets the dense weights on the pruned network's inputs, 1 the dense network.
     relative: divide each term by the energy of its target instead of by its number of entries (mean-squared error).
+    metric: (out, out), what an error in each direction of the unit's output weighs; None weighs all alike.
     """
 
     walk: Walk
@@ -127,6 +129,7 @@ class Window:
     mix: float = 0.0
     relative: bool = True
     curvature: str = "gauss-newton"
+    metric: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.curvature not in CURVATURES:
@@ -147,6 +150,7 @@ class Window:
                     here = [a + self.mix * (b - a) for a, b in zip(here, there, strict=True)]
             self.targets.append([t.detach() for t in here])
         self.weights = [self._weights(pair) for pair in self.pairs]
+        self.root = None if self.metric is None else cholesky(self.metric, "the output metric")
         energy = torch.stack([self._squares(ts, w) for ts, w in zip(self.targets, self.weights, strict=True)]).sum(0)
         energy = energy.double().cpu()
         entries = torch.tensor([[float(t.numel()) for t in ts] for ts in self.targets], dtype=torch.float64).sum(0)
@@ -221,14 +225,15 @@ class Window:
         last = self.walk.units[self.last].sites[-1]
         return pair.weights.get((last.source, last.conv)) if self.relative and self.steps is None else None
 
-    @staticmethod
-    def _squares(differences: list[Tensor], weights: Tensor | None) -> Tensor:
+    def _squares(self, differences: list[Tensor], weights: Tensor | None) -> Tensor:
         """Sum of squares of each term, (terms,), positions weighted where their number is that of the weights."""
         sums = []
         for d in differences:
             if weights is not None and d.dim() > 2:
                 rows = d.movedim(1, -1) if d.dim() == 4 and d.shape[0] * d.shape[2] * d.shape[3] == len(weights) else d
                 if rows.numel() == len(weights) * rows.shape[-1]:
+                    if self.root is not None and len(self.root) == rows.shape[-1]:
+                        rows = rows @ self.root
                     sums.append((rows.reshape(len(weights), -1).square().sum(1) * weights.to(d)).sum())
                     continue
             sums.append(d.square().sum())
