@@ -23,7 +23,9 @@ import torch
 
 from hf_prune import calibration, models, recipe
 from hf_prune.labels import match
-from hf_prune.loop import prune
+from hf_prune.loop import Recipe, plan, prune
+
+PEER = "llm-compressor"  # a row of its own where that package is installed
 
 
 def main() -> None:
@@ -63,11 +65,14 @@ def main() -> None:
         runs = []
         for draw in range(args.draws if name != "magnitude" else 1):
             images = calibration.images(args.calibration, samples=args.samples, seed=draw)
-            chosen = recipe.load(name, samples=args.samples, seed=draw, **pattern)
+            chosen = recipe.load("sparsegpt" if name == PEER else name, samples=args.samples, seed=draw, **pattern)
             batches = list(calibration.batches(images, loaded, chosen.batch_size))
             module = copy.deepcopy(loaded.module)
             began, wall = time.process_time(), time.perf_counter()
-            prune(module, batches, chosen)
+            if name == PEER:
+                peer(module, batches, chosen)
+            else:
+                prune(module, batches, chosen)
             seconds, wall = time.process_time() - began, time.perf_counter() - wall
             found = outputs(loaded, module, pixels)
             error = float((found - dense).square().sum() / dense.square().sum())
@@ -95,6 +100,27 @@ def main() -> None:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def peer(module: torch.nn.Module, batches: list, chosen: Recipe) -> None:
+    """The SparseGPT of llm-compressor (Apache-2.0, on PyPI), on the same weights and images, block after block."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.pruning import SparseGPTModifier
+    from loguru import logger
+
+    logger.remove()
+    pattern = chosen.pattern()
+    planned = [row for row in plan(module, batches[0], chosen).rows if row.pattern]
+    blocks = {type(module.get_submodule(row.unit)).__name__ for row in planned}
+    wanted = [row.name.removesuffix(".weight") for row in planned]
+    modifier = SparseGPTModifier(
+        sparsity=1 - pattern.density, mask_structure=f"{pattern.n}:{pattern.m}", targets=wanted, dampening_frac=0.01
+    )
+    oneshot(
+        model=module, recipe=modifier, dataset=torch.utils.data.DataLoader(batches, batch_size=None),
+        pipeline="sequential", sequential_targets=sorted(blocks), num_calibration_samples=len(batches),
+        output_dir=None,
+    )  # fmt: skip
 
 
 @torch.no_grad()
