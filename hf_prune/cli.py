@@ -49,7 +49,8 @@ examples:
   hf-prune google/vit-base-patch16-224 --nm 2:4
   hf-prune ./my-model --sparsity 0.7 --dataset ./images --output-dir out
 
-commands: demo, plan, push, verify, inspect, convert, limit, train (hf-prune COMMAND --help)
+commands (hf-prune COMMAND --help):
+  demo, plan, push, verify, inspect, convert, limit, train
 A recipe (--recipe FILE) holds the same keys as these flags; flags win.
 """
 

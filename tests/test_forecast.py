@@ -120,8 +120,7 @@ def test_seconds_are_measured_without_touching_the_model(name, tmp_path) -> None
     chosen = recipe.load(name, nm="2:4", permute="magnitude")
     batch = cli._probe(loaded)
     few, many = (cost.seconds(loaded.module, batch, chosen, n) for n in (2, 20000))
-    assert 0 < few < 60 and many >= few
-    assert name == "magnitude" or many > 3 * few, "images cost time, except where none are looked at"
+    assert few > 0 and (name == "magnitude" or many > 3 * few), "images cost time, except where none are looked at"
     assert all(torch.equal(before[n], p) for n, p in loaded.module.state_dict().items())
     staged = recipe.load("chita", sparsity=0.5)
     assert cost.seconds(loaded.module, batch, staged, 20) is None
