@@ -132,7 +132,7 @@ def errors(reports: Reports) -> Picture:
     _blocks(axes, names)
     values = [v for column in columns for v in column if v]
     if values and max(values) > 30 * min(values):
-        axes.set_yscale("log")
+        _log(axes)
     else:
         axes.set_ylim(bottom=0)
     axes.set_ylabel("relative error of the outputs")
@@ -336,7 +336,7 @@ def convergence(reports: Reports) -> Picture:
         axes.plot(range(len(residuals)), residuals, color=COLOURS[i % 7], marker=MARKERS[i % 7],
                   markevery=max(1, len(residuals) // 8), label=said + _short(name, 34))  # fmt: skip
         made.rows.append([said + name, len(residuals) - 1, residuals[0], residuals[-1]])
-    axes.set_yscale("log")
+    _log(axes)
     axes.set_xlabel("conjugate-gradient step")
     axes.set_ylabel("relative residual")
     _legend(axes)
@@ -390,6 +390,13 @@ def _figure(columns: int = 1, height: float = HEIGHT) -> tuple[Figure, Any]:
 
     figure = Figure(figsize=(WIDTH, height))
     return figure, figure.subplots(1, columns)
+
+
+def _log(axes: Axes) -> None:
+    """A logarithmic axis labelled with plain numbers: its usual powers of ten are formulas, which are off."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, place: "")
 
 
 def _legend(axes: Axes) -> None:

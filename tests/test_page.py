@@ -188,6 +188,19 @@ def test_convergence_is_drawn_where_it_was_recorded() -> None:
     assert found.figure is not None and found.rows == [["net.layers.1.mlp.fc1.weight", 2, 1.0, 1e-3]]
 
 
+def test_a_logarithmic_axis_is_labelled_with_numbers() -> None:
+    told = full()
+    told["layers"][0]["error_before"] = told["layers"][1]["error_before"] = 1e-4
+    told["layers"][0]["convergence"] = [1.0, 0.1, 1e-6]
+    for each in pictures.draw({"a": told}):
+        if each.file in ("error_by_block", "convergence"):
+            assert each.figure is not None
+            pictures.png(each.figure)
+            (axes,) = each.figure.axes
+            labels = [label.get_text() for label in axes.get_yticklabels() + axes.get_yticklabels(minor=True)]
+            assert axes.get_yscale() == "log" and "0.1" in labels and not any("$" in label for label in labels)
+
+
 def test_svg_is_xml_and_names_are_no_formulas(drawn: dict[str, pictures.Picture]) -> None:
     for each in drawn.values():
         if each.figure is not None:
