@@ -39,6 +39,7 @@ def render(report: Mapping[str, Any], *, name: str | None = None) -> str:
         stored_words=_stored_words(report),
         snippet=_snippet(report, title),
         results=_results(report),
+        pictures=_pictures(report),
         fence=_fence(command + "\n" + recipe),
         command=command,
         recipe_words=_recipe_words(report["recipe"]),
@@ -60,25 +61,26 @@ def metadata(report: Mapping[str, Any], title: str) -> Any:
     model = report["model"]
     nm = [report["pattern"]] if re.fullmatch(r"\d+:\d+", report["pattern"]) else []
     results = []
-    evaluation = report["evaluation"]
-    if evaluation and evaluation.get("pruned"):
-        data, hub = evaluation.get("dataset") or "unknown", _on_hub(evaluation)
+    for part in evaluations(report):
+        if not part.get("pruned"):
+            continue
+        data, hub = part.get("dataset") or "unknown", _on_hub(part)
         for key, words, kind in (("top1", "top-1 accuracy", "accuracy"), ("top5", "top-5 accuracy", "top_5_accuracy")):
-            if evaluation["pruned"].get(key) is not None:
+            if part["pruned"].get(key) is not None:
                 results.append(
                     EvalResult(
                         task_type="image-classification",
                         dataset_type=_line(data) if hub else "local",
                         dataset_name=_line(data) if hub else _basename(data),
-                        dataset_config=_optional(evaluation.get("config")),
-                        dataset_split=_optional(evaluation.get("split")),
+                        dataset_config=_optional(part.get("config")),
+                        dataset_split=_optional(part.get("split")),
                         metric_type=kind,
-                        metric_value=evaluation["pruned"][key],
+                        metric_value=part["pruned"][key],
                         metric_name=words,
-                        metric_args={"images": evaluation["samples"]},
+                        metric_args={"images": part["samples"]},
                     )
                 )
-    used = list(dict.fromkeys(p["dataset"] for p in (report["calibration"], evaluation) if p and _on_hub(p)))
+    used = list(dict.fromkeys(p["dataset"] for p in (report["calibration"], *evaluations(report)) if _on_hub(p)))
     more: dict[str, Any] = {"model_name": title, "eval_results": results} if results else {}
     return ModelCardData(
         base_model=model["source"] if _on_hub(model, "source") else None,
@@ -159,14 +161,28 @@ def _snippet(report: Mapping[str, Any], title: str) -> str:
 
 
 def _results(report: Mapping[str, Any]) -> str:
-    evaluation = report["evaluation"]
-    if not evaluation:
+    if not report["evaluation"]:
         return "**Not evaluated.** Nothing is known about this model's accuracy."
+    return "\n\n".join(_evaluation(part) for part in evaluations(report))
+
+
+def evaluations(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The last evaluation, then those on other images."""
+    return [part for part in (report["evaluation"], *(report.get("other_evaluations") or ())) if part]
+
+
+def _evaluation(evaluation: Mapping[str, Any]) -> str:
     rows = []
-    dense, pruned = evaluation.get("dense"), evaluation.get("pruned")
+    dense, pruned, change = evaluation.get("dense"), evaluation.get("pruned"), evaluation.get("difference")
     for key, words in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy")):
         if dense and pruned and dense.get(key) is not None and pruned.get(key) is not None:
             rows.append((words, _percent(dense, key), _percent(pruned, key)))
+            if change and change.get(key) is not None:
+                low, high = (100 * end for end in change[f"{key}_interval"])
+                points = f"{100 * change[key]:+.1f} [{low:+.1f}, {high:+.1f}]"
+                rows.append(("... its change in points, image by image", "", points))
+    if dense and pruned and dense.get("ece") is not None and pruned.get("ece") is not None:
+        rows.append(("expected calibration error", f"{100 * dense['ece']:.1f} %", f"{100 * pruned['ece']:.1f} %"))
     if evaluation.get("agreement") is not None:
         rows.append(("same top-1 answer as the dense model", "", _percent(evaluation, "agreement")))
     for key, what in (("logit_error", "logits"), ("representation_error", "representations")):
@@ -179,16 +195,41 @@ def _results(report: Mapping[str, Any]) -> str:
     skipped = (
         f" {evaluation['skipped']} images could not be decoded and were left out." if evaluation.get("skipped") else ""
     )
-    said = (
-        f"Dense and pruned on the same {evaluation['samples']} images{where}, by the run that made this model.{skipped}"
-    )
+    by = "with `hf-prune eval`, later" if evaluation.get("command") else "by the run that made this model"
+    said = f"Dense and pruned on the same {evaluation['samples']} images{where}, {by}.{skipped}"
     intervals = (
         " In brackets: 95 % intervals over the choice of images."
         if any("[" in cell for r in rows for cell in r)
         else ""
     )
     notes = "".join(f"\n- {_prose(note)}" for note in evaluation.get("notes") or ())
-    return said + intervals + "\n\n" + _table(("", "dense", "pruned"), rows) + (notes and "\n" + notes)
+    table = _table(("", "dense", "pruned"), rows)
+    return said + intervals + "\n\n" + table + _worst(evaluation) + (notes and "\n" + notes)
+
+
+def _pictures(report: Mapping[str, Any]) -> str:
+    """The pictures beside the card, each with the sentence that says the same."""
+    shown = []
+    for picture in report.get("pictures") or ():
+        if re.fullmatch(r"\w+\.png", picture["file"], re.ASCII):
+            shown.append(f"![{_prose(picture['title'])}]({picture['file']})\n\n{_prose(picture['words'])}")
+    return "\n\n".join(shown)
+
+
+def _worst(evaluation: Mapping[str, Any]) -> str:
+    """The classes that lost most, as a table; nothing where none had enough images."""
+    found = evaluation.get("classes") or {}
+    if not found.get("worst"):
+        return ""
+    said = (
+        f"Classes that lost most, of the {found['judged']} with at least {found['fewest']} images; p is McNemar's, for "
+        f"the worst of that many classes:"
+    )
+    rows = [
+        (code(row["name"]), *(f"{row[side]} of {row['images']}" for side in ("dense", "pruned")), f"{row['p']:.2g}")
+        for row in found["worst"]
+    ]
+    return f"\n\n{said}\n\n" + _table(("class", "dense", "pruned", "p"), rows)
 
 
 def _percent(scores: Mapping[str, Any], key: str) -> str:

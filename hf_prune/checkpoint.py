@@ -136,6 +136,38 @@ def write(
     return Path(folder)
 
 
+def update(folder: str | Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Replace hf_prune.json of a finished folder, and its card with it; returns what the user should know.
+
+    old: what hf_prune.json holds. A card that is not the one `old` renders to was written in by somebody, and stays.
+    Raises ValueError where the folder cannot be written to, and AssertionError for a report that breaks the schema.
+    """
+    from . import card
+
+    wrong = schema.problems(new)
+    assert not wrong, "the report breaks its own schema: " + " ".join(wrong)
+    path = Path(folder) / CARD
+    text = path.read_text(encoding="utf-8") if path.is_file() else None
+    title = re.search(r"^# (`+) ?(.+?) ?\1$", text or "", re.MULTILINE)
+    name = title[2] if title else _real(folder).name
+    files = {Path(folder) / REPORT: to_json(new)}
+    notes = []
+    # a report that was composed by another version renders to other words
+    if text is None or text == card.render(old, name=name):
+        files[path] = card.render(json.loads(to_json(new)), name=name)
+    else:
+        notes.append(f"{path} was changed by hand or by another version and is left as it is; to have it written anew, "
+                     f"delete it and give the command again.")  # fmt: skip
+    try:
+        for target, content in files.items():
+            partial = target.with_name(f".{target.name}.partial-{_mine()}")
+            partial.write_text(content, encoding="utf-8")
+            os.replace(partial, target)
+    except OSError as error:
+        raise ValueError(f"{folder} could not be written to: {error.strerror or error}.") from error
+    return notes
+
+
 @contextlib.contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """A hidden folder to fill, which takes the place of `folder` when the block ends well and vanishes otherwise."""

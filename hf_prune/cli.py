@@ -42,6 +42,9 @@ COMMANDS = {
     "limit": "hf_prune.limit_command",
     "train": "hf_prune.train",
     "plan": "hf_prune.forecast",
+    "eval": "hf_prune.eval",
+    "compare": "hf_prune.compare",
+    "report": "hf_prune.page",
 }
 
 EXAMPLES = """\
@@ -50,7 +53,7 @@ examples:
   hf-prune ./my-model --sparsity 0.7 --dataset ./images --output-dir out
 
 commands (hf-prune COMMAND --help):
-  demo, plan, push, verify, inspect, convert, limit, train
+  demo, plan, eval, compare, report, push, verify, inspect, convert, limit, train
 A recipe (--recipe FILE) holds the same keys as these flags; flags win.
 """
 
@@ -63,7 +66,7 @@ class _Parser(argparse.ArgumentParser):
         typed = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
         near = [found for word in typed for found in difflib.get_close_matches(word, known, n=1)]
         hint = f" Did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
-        self.exit(2, f"hf-prune: {message}.{hint}\nTry hf-prune --help.\n")
+        self.exit(2, f"hf-prune: {message}.{hint}\nTry {self.prog} --help.\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -116,6 +119,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--output-dir", metavar="DIR", help="default: MODEL-2of4 in this folder")
     group.add_argument("--overwrite", action="store_true", help="replace a folder that hf-prune wrote")
     group.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
+    group.add_argument("--report", action="store_true", help="draw report.html and pictures for the card")
     group.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     group.add_argument("--compressed", action="store_true", help="write the N:M weights packed too")
     group.add_argument("--compressed-only", action="store_true", help="... and no dense weights")
@@ -267,6 +271,10 @@ def run(args: Mapping[str, Any], words: Sequence[str], plan_only: Mapping[str, b
         with _memory(chosen), Progress(say) as progress:
             evaluation = _evaluate(dense, loaded, judged, chosen, progress.images)
         say.notes(evaluation["notes"])
+        if args.get("report") and state.is_main_process:
+            from . import eval as evaluating
+
+            evaluation["depth"] = evaluating.depth(dense, loaded.module, judged, chosen.recipe.batch_size)
 
     def write() -> None:
         told = report.compose(
@@ -285,6 +293,10 @@ def run(args: Mapping[str, Any], words: Sequence[str], plan_only: Mapping[str, b
             why = f"{folder} could not be written: {error.strerror or error}."
             raise ValueError(f"{why} No work is lost: mend it, then give the same command with --resume.") from error
         shutil.rmtree(blocks, ignore_errors=True)
+        if args.get("report"):
+            from . import page
+
+            say.notes(page.write([folder])[1])
         say("\n" + report.summary(told, folder, checkpoint.weight_bytes(folder)))
 
     samples, skipped = _counts(calibration)

@@ -152,15 +152,17 @@ def listing(folder: Path) -> dict[str, Path]:
     Only plain files that lie in the folder itself are published: a link could carry a key or a home away.
     """
     found = {}
-    for path in sorted(folder.iterdir()):
+    results = folder / ".eval_results"  # what hf-prune eval --eval-results wrote; the Hub looks for it there
+    there = sorted(results.iterdir()) if results.is_dir() and not results.is_symlink() else []
+    for path in sorted(folder.iterdir()) + there:
         if path.name.startswith("."):
             continue
         if path.is_symlink() or not path.is_file():
             kind = "link" if path.is_symlink() else "folder"
             raise ValueError(f"{folder}/{path.name} is a {kind}; hf-prune publishes plain files only: move it away.")
-        if not re.fullmatch(r"\w[\w.-]*\.(safetensors|json|yaml|md|py|txt)", path.name, re.ASCII):
+        if not re.fullmatch(r"\w[\w.-]*\.(safetensors|json|yaml|md|py|txt|html|png)", path.name, re.ASCII):
             raise ValueError(f"{folder}/{_shown(path.name)} is no file that hf-prune writes; move it away.")
-        found[path.name] = path
+        found[path.relative_to(folder).as_posix()] = path
     if not any(sources.COMPRESSED.fullmatch(name) for name in found):
         sources.weight_files(str(folder), folder)
     return found
@@ -172,7 +174,8 @@ def _tree(api: HfApi, repo: str, revision: str) -> dict[str, Any]:
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return {each.path: each for each in api.list_repo_tree(repo, revision=revision) if hasattr(each, "blob_id")}
+        tree = api.list_repo_tree(repo, revision=revision, recursive=True)
+        return {each.path: each for each in tree if hasattr(each, "blob_id")}
     except EntryNotFoundError:  # an empty repository has no tree
         return {}
 

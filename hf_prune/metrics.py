@@ -60,6 +60,24 @@ class RelativeError(evaluate.Metric):
         return {"relative_error": float(np.sum(predictions) / np.sum(references))}
 
 
+class CalibrationError(evaluate.Metric):
+    """Expected calibration error (Guo et al. 2017, eq. 3): |share right - mean confidence|, averaged over 15 bins."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _about(
+            "Expected calibration error: the gap between the confidence and the accuracy of the first answer, averaged "
+            "over equally wide bins of the confidence, weighed by their images. Few images make it larger.",
+            "predictions: the softmax of the best logit; references: whether that answer is right; bins.",
+            {"predictions": REAL, "references": INTEGER},
+        )
+
+    def _compute(self, predictions: Any, references: Any, bins: int = 15) -> dict[str, float]:
+        sure, right = np.asarray(predictions), np.asarray(references)
+        place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)  # bins are (low, high], as in the paper
+        gap = np.abs(np.bincount(place, sure, bins) - np.bincount(place, right, bins))
+        return {"ece": float(gap.sum() / len(sure))}
+
+
 def compute(metric: type[evaluate.Metric], predictions: Any, references: Any, **options: Any) -> float:
     """The one number of a metric, without files in the cache and without locks."""
     found = metric(keep_in_memory=True).compute(predictions=predictions, references=references, **options)

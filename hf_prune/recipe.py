@@ -37,7 +37,7 @@ PERMUTE = ("none", "magnitude", "activation", "obs")  # permute.SCORES, without 
 # Of one invocation, not of a run: a recipe that came from elsewhere must not decide about code, secrets or folders.
 COMMAND_ONLY = (
     *("model", "recipe", "set", "revision", "token", "trust_remote_code", "output_dir"),
-    *("dry_run", "resume", "overwrite", "quiet", "verbose", "version", "compressed", "compressed_only"),
+    *("dry_run", "resume", "overwrite", "quiet", "verbose", "version", "compressed", "compressed_only", "report"),
     *("push_to_hub", "push_revision", "private", "create_pr", "commit_message"),
 )
 NESTED = ("target", "fisher")  # keys that hold a mapping of options

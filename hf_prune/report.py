@@ -68,7 +68,7 @@ def compose(
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "layers": layers,
         "calibration": dict(calibration),
-        "evaluation": None if evaluation is None else _told(evaluation, loaded.num_classes),
+        "evaluation": None if evaluation is None else told(evaluation, loaded.num_classes),
         # where there is no device nothing was measured on it: null, and not 0 bytes
         "resources": {**result.resources, "peak_device_bytes": result.resources["peak_device_bytes"] or None},
         "compressed": _compressed(run, compressed),
@@ -76,11 +76,11 @@ def compose(
     }
 
 
-def _told(evaluation: Mapping[str, Any], classes: int | None) -> dict[str, Any]:
+def told(evaluation: Mapping[str, Any], classes: int | None) -> dict[str, Any]:
     """The evaluation without the top-5 accuracy of a model that has no sixth class to be wrong with."""
     found = dict(evaluation)
     if classes is not None and classes <= 5:
-        for side in ("dense", "pruned"):
+        for side in ("dense", "pruned", "difference"):
             if found.get(side):
                 found[side] = found[side] | {"top5": None, "top5_interval": None}
     return found

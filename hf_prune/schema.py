@@ -81,6 +81,17 @@ LATER: Keys = {
         lambda value: value is None or (_mapping(value) and _text(value.get("score")) and _list(value.get("groups"))),
         'null, or {"score": name, "groups": list}',
     ),
+    "other_evaluations": (
+        lambda value: _list(value) and all(_mapping(each) for each in value),
+        "a list of evaluations on other images",
+    ),
+    "pictures": (
+        lambda value: (
+            _list(value)
+            and all(_mapping(v) and all(_text(v.get(key)) for key in ("file", "title", "words")) for v in value)
+        ),
+        "a list of {file, title, words}",
+    ),
 }
 MODEL: Keys = {
     "source": (_text, "the model as the user named it"),
@@ -137,6 +148,8 @@ def problems(report: Any) -> list[str]:
         found += _layer(layer, f"layers[{index}].")
     if isinstance(report.get("evaluation"), Mapping):
         found += _evaluation(report["evaluation"])
+    for other in report.get("other_evaluations") or () if not found else ():
+        found += _evaluation(other)
     return found
 
 

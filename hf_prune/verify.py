@@ -186,6 +186,9 @@ def _statements(
         )
     if packed is not None and report["pattern"] != ":".join(map(str, compress.pattern(packed))):
         found.problems.append(f"{packed.name} is packed for another pattern than {report['pattern']}")
+    for picture in report.get("pictures") or ():
+        if not (folder / Path(picture["file"]).name).is_file():
+            found.problems.append(f"{picture['file']}, which the card shows, is missing")
     if len(found.problems) == before:
         found.checked.append("config.json, recipe.yaml and the list of files agree with hf_prune.json")
 

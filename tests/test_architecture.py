@@ -34,6 +34,7 @@ MODEL = {
     "channels",
     "permute",
     "cost",
+    "similarity",
 }
 EDGE = {
     "__init__",
@@ -44,6 +45,7 @@ EDGE = {
     "source",
     "calibration",
     "evaluation",
+    "intervals",
     "labels",
     "metrics",
     "checkpoint",
@@ -51,6 +53,10 @@ EDGE = {
     "quantizer",
     "verify",
     "inspect",
+    "eval",
+    "compare",
+    "page",
+    "pictures",
     "report",
     "card",
     "hub",

@@ -27,7 +27,8 @@ FLAGS = """
 --recipe --set --permute --seed --device --dtype
 --dataset --config --split --image-column --label-column --samples --batch-size
 --eval-dataset --eval-split --eval-samples --no-eval
---output-dir --overwrite --resume --dry-run --compressed --compressed-only --revision --token --trust-remote-code
+--output-dir --overwrite --resume --dry-run --report --compressed --compressed-only
+--revision --token --trust-remote-code
 --push-to-hub --private --push-revision --create-pr --commit-message
 --quiet --verbose --version --help
 """.split()

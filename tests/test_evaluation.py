@@ -153,7 +153,8 @@ def record(dense: list[int], pruned: list[int], label: list[int]) -> dict:
     return {
         "position": list(range(count)), "label": label, "dense": [ranking(i) for i in dense],
         "pruned": [ranking(i) for i in pruned], "error": [1.0] * count, "norm": [4.0] * count,
-        "cosine": [1.0] * count, "skipped": 2, "notes": ["x"],
+        "cosine": [1.0] * count, "sure_dense": [0.9] * count, "sure_pruned": [0.6] * count, "crc": [*range(count)],
+        "timed": [], "skipped": 2, "notes": ["x"],
     }  # fmt: skip
 
 
@@ -204,7 +205,7 @@ def test_bootstrap_covers_the_normal_interval() -> None:
 
 def test_merge_restores_the_order_and_refuses_doubles() -> None:
     whole = record([0, 1, 2, 0], [0, 1, 0, 0], [0, 1, 2, 1])
-    lists = [key for key, value in whole.items() if isinstance(value, list) and key != "notes"]
+    lists = [key for key, value in whole.items() if isinstance(value, list) and key not in ("notes", "timed")]
     parts = [{**whole, "skipped": 1} | {key: whole[key][rank::2] for key in lists} for rank in range(2)]
     assert merge(parts[::-1]) == whole
     with pytest.raises(AssertionError, match="measured by two ranks"):
@@ -306,6 +307,10 @@ def test_ranks_measure_every_image_once(dense: models.Loaded, photos: Path) -> N
     )
     assert together.pop("logit_error") == pytest.approx(alone.pop("logit_error"), rel=1e-5)
     assert together.pop("logit_error_interval") == pytest.approx(alone.pop("logit_error_interval"), rel=1e-5)
+    for found in (together, alone):
+        assert found.pop("throughput")["dense"] > 0
+        assert 0 < found["dense"].pop("ece") < 1
+    assert together["pruned"].pop("ece") == pytest.approx(alone["pruned"].pop("ece"), rel=1e-5)
     assert together == alone
 
 
@@ -361,3 +366,47 @@ def test_real_accuracy(shared_data: Path, name: str, least: float, note: bool) -
     found = evaluate(loaded, loaded, photos, batch_size=25)
     assert found["dense"]["top1"] >= least and found["dense"]["top5"] >= least + 0.1
     assert any("background" in each for each in found["notes"]) == note
+
+
+# --- calibration error, classes, and what is kept of every image
+
+
+def test_calibration_error_is_the_sum_over_bins() -> None:
+    from hf_prune import metrics
+
+    rng = np.random.default_rng(0)
+    sure, right = rng.random(200), rng.random(200) < 0.5
+    expected = 0.0
+    for low in np.arange(15) / 15:
+        here = (sure > low) & (sure <= low + 1 / 15)
+        if here.any():
+            expected += here.mean() * abs(right[here].mean() - sure[here].mean())
+    assert metrics.compute(metrics.CalibrationError, sure, right) == pytest.approx(expected)
+    assert metrics.compute(metrics.CalibrationError, [1.0, 1.0], [1, 0]) == 0.5
+
+
+def test_classes_that_lost_most() -> None:
+    label = [0] * 8 + [1] * 8 + [2] * 2
+    dense = [0] * 8 + [1] * 6 + [0, 0] + [2, 2]
+    pruned = [0] * 7 + [1] + [1] * 2 + [0] * 6 + [0, 0]
+    found = summarize(record(dense, pruned, label), names=["ant", "bee", "cat"])["classes"]
+    assert (found["judged"], found["seen"], found["fewest"]) == (2, 3, 5), "two images say nothing about a class"
+    assert [(row["name"], row["images"], row["dense"], row["pruned"]) for row in found["worst"]] == [
+        ("bee", 8, 6, 2), ("ant", 8, 8, 7)
+    ]  # fmt: skip
+    assert found["worst"][0]["p"] == pytest.approx(min(1, 2 * mcnemar(4, 0))), "times the two classes looked at"
+
+
+def test_answers_are_kept_as_bits() -> None:
+    found = summarize(record(dense=[0, 1, 2, 0], pruned=[0, 1, 0, 0], label=[0, 1, 2, -1]))
+    bits = [np.unpackbits(np.frombuffer(bytes.fromhex(found["images"][s]), np.uint8))[:3] for s in ("dense", "pruned")]
+    assert [each.tolist() for each in bits] == [[1, 1, 1], [1, 1, 0]]
+    assert found["difference"]["lost"] == 1 and found["difference"]["won"] == 0
+
+
+def test_the_same_images_are_known_by_their_pixels(dense: models.Loaded, photos: Path) -> None:
+    hashes = [
+        evaluate(dense, dense, images(str(photos), **how), batch_size=8)["images"]["sha256"]
+        for how in ({}, {"samples": 25}, {"samples": 24}, {"seed": 1})
+    ]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
