@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from . import junction, ranks
-from .linalg import matmul
 from .objective import Gram
 from .sites import Site, Stop, Tape, Use, quiet
 from .walk import Unit, Walk, _hooks
@@ -122,16 +121,14 @@ class Stage:
             key = (first, nth[k])
             if key not in columns:
                 columns[key] = site.columns(use.x.detach()).to(gram.xx.dtype)
-                with matmul("highest"):
-                    self.sums[first].add_inputs(columns[key], weights)
+                self.sums[first].add_inputs(columns[key], weights)
             if k != first:
                 gram.count += columns[key].shape[1] if weights is None else float(weights.sum())
             if compare and k in self.joined:
                 kept[k] = columns[key].clone()  # the forward goes on and may write into its input
             elif compare:
                 d = site.outputs(goals[k][nth[k]]) - site.outputs(use.y.detach())
-                with matmul("highest"):
-                    gram.add_corrections(columns[key], d.to(gram.xx.dtype), weights)
+                gram.add_corrections(columns[key], d.to(gram.xx.dtype), weights)
             nth[k] += 1
 
         model = self.walk.model
@@ -150,8 +147,7 @@ class Stage:
             (back,) = torch.autograd.grad(z, y, (goal_sums[index] - z.detach()).to(z.dtype), retain_graph=True)
             rows = junction.channel_last(site, back).flatten(0, -2) / scale.square().to(back)
             d = rows.view(rows.shape[0], site.shape[0], -1).movedim(1, 0).contiguous()
-            with matmul("highest"):
-                self.sums[k].add_corrections(kept[k], d.to(kept[k].dtype), pair.weights.get((site.source, site.conv)))
+            self.sums[k].add_corrections(kept[k], d.to(kept[k].dtype), pair.weights.get((site.source, site.conv)))
 
     def dense_goals(self, pair: Pair) -> tuple[dict[int, list[Tensor]], dict[int, Tensor]]:
         """The dense network's outputs at the sites, and its residual stream where they join it."""

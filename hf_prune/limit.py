@@ -150,7 +150,7 @@ def limit(
     batches, held = list(batches), list(held_out)
     if not batches:
         raise ValueError("no calibration batch was given; at least one image is needed.")
-    with linalg.matmul("highest"):
+    with linalg.exact_matmul():
         images = _targets(model, batches)
         judged = _targets(model, held) if ranks.agree(float(len(held))) else None
         base = replace(recipe or loop.Recipe(), nm=None, sparsity=0.5, scope="model")

@@ -8,16 +8,12 @@ import torch
 from torch import Tensor
 
 
-class matmul:
-    """Sets how float32 matrix products are computed: "highest", or "medium" from bfloat16 or TF32 factors
-    summed in float32 where the hardware has units for it.  Vectors and sums stay float32 either way."""
-
-    def __init__(self, precision: str) -> None:
-        self.precision = precision
+class exact_matmul:
+    """TF32 and reduced-precision sums off while statistics are gathered and systems solved."""
 
     def __enter__(self) -> None:
         self.before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(self.precision)
+        torch.set_float32_matmul_precision("highest")
 
     def __exit__(self, *failure: Any) -> None:
         torch.set_float32_matmul_precision(self.before)

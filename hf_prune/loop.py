@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import methods, permute, ranks, resume, sites, staged, walk
 from .collect import Pair, Target, find_junctions, grams, holding
 from .importance import Key, Metric, importance
-from .linalg import matmul
+from .linalg import exact_matmul
 from .objective import Gram
 from .pattern import Pattern, allocate
 from .window import Window
@@ -187,7 +187,7 @@ def prune(
     batches = [b[0] if isinstance(b, (tuple, list)) else b for b in batches]
     if not batches:
         raise ValueError("no calibration batch was given; at least one image is needed.")
-    with matmul("medium"):
+    with exact_matmul():
         small = sites.cut(batches[0], 0, 2)
         chosen = choose(model, small, recipe)
         target = Target(**recipe.target)
@@ -326,9 +326,7 @@ class Block:
             if gram:
                 found = grams(self.way, self.index, stage, self.pairs, self.dense, self.target, touched=n > 0)
             for group in self.together(stage, found):
-                with matmul("highest"):  # systems are solved in full precision
-                    written = self.layers(group, tensors)
-                for site, entry, mask in written:
+                for site, entry, mask in self.layers(group, tensors):
                     masks[site.name] = mask
                     entry["seconds"] = time.perf_counter() - began
                     began = time.perf_counter()
