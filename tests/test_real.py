@@ -38,7 +38,7 @@ def test_transformers_and_timm_get_the_same_masks(shared_data: Path, recipe: str
     theirs = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
     theirs.load_state_dict(load_file(shared_data / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"))
     batches = list(pixels.split(8))
-    # a fused layer's channels are reordered as one, those of separate layers one by one: the same function, other places
+    # the channels of a fused layer are reordered as one, those of separate layers one by one: other places, same model
     rest = {"nm": "2:4", "permute": "none"}
     hf_prune.prune(ours, [{"pixel_values": b} for b in batches], recipe, only=["vit.layers.0"], **rest)
     hf_prune.prune(theirs, batches, recipe, only=["blocks.0"], **rest)
