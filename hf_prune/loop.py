@@ -36,6 +36,7 @@ class Recipe:
     nm: str | None = None
     sparsity: float | None = None
     scope: str = "layer"
+    allocation: str = "magnitude"  # of scope `model`: magnitude, lamp or erk share the zeros among the layers
     mask: dict[str, Any] = field(default_factory=lambda: {"method": "obs"})
     solve: dict[str, Any] | None = field(default_factory=lambda: {"method": "least_squares"})
     refine: dict[str, Any] | None = None
@@ -57,7 +58,9 @@ class Recipe:
     def pattern(self) -> Pattern:
         if (self.nm is None) == (self.sparsity is None):
             raise ValueError("give either --nm N:M or --sparsity S, and not both.")
-        return Pattern.parse(self.nm) if self.nm else Pattern.unstructured(float(self.sparsity or 0), self.scope)
+        return Pattern.parse(self.nm) if self.nm else Pattern.unstructured(
+            float(self.sparsity or 0), self.scope, self.allocation
+        )
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def choose(model: nn.Module, batch: Any, recipe: Recipe) -> Selection:
     if not pruned:
         why = "; ".join(sorted(set(reasons.values()))[:4])
         raise ValueError(f"no weight of this model can follow {pattern}: {why}.")
-    budgets = allocate(pattern, [s.read(named[s.parameter]) for s in pruned])
+    budgets = allocate(pattern, [s.read(named[s.parameter]) for s in pruned], staged.kernels(pruned))
     patterns = {s.name: p for s, p in zip(pruned, budgets, strict=True)}
     unit_of = {s.name: u.name for u in made for s in u.sites}
     rows = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,6 +68,18 @@ class Run:
             s.write(named[s.parameter], w)
 
 
+    def budgets(self, pattern: Pattern, sparsity: float) -> list[int]:
+        """Weights kept per layer where the allocation is not simply the largest scores of the whole vector."""
+        if pattern.m or pattern.allocation == "magnitude":
+            return []
+        made = allocate(replace(pattern, sparsity=sparsity), self.split(self.weights()), kernels(self.sites))
+        return [p.budget or 0 for p in made]
+
+
+def kernels(found: list[Site]) -> list[tuple[int, ...]]:
+    return [s.conv.kernel if s.conv else () for s in found]
+
+
 def roles(recipe: Any) -> tuple[str | None, str | None, str | None]:
     """The evidence of mask, solve and refine; "none" where there is no such role."""
     return tuple(methods.evidence(r["method"]) if r else "none" for r in (recipe.mask, recipe.solve, recipe.refine))  # type: ignore[return-value]
@@ -110,12 +123,6 @@ def check(recipe: Any) -> None:
         raise ValueError(f"batchnorm {recipe.batchnorm}: choose one of {', '.join(batchnorm.CHOICES)}.")
     if recipe.schedule not in SCHEDULES:
         raise ValueError(f"schedule {recipe.schedule}: choose one of {', '.join(SCHEDULES)}.")
-    alone = "fisher" in roles(recipe) or recipe.batchnorm != "keep"
-    if alone and ranks.world_size() > 1:
-        raise ValueError(
-            f"gradients and batch-norm statistics are gathered by one process, found {ranks.world_size()}. "
-            "Start without `accelerate launch`, or use a layer-wise recipe."
-        )
     if "fisher" in roles(recipe)[:2] and recipe.refine:
         raise ValueError("refine works on layer-wise solves; with masks or solves from gradients set it to none.")
 
@@ -135,23 +142,28 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
         if kept_out[0] and kept_out[1][0] is None and dense_outputs is None:
             dense_outputs = outputs(run.model, kept_out[0])
         run.tell({"event": "stage", "text": f"stage {t + 1} of {len(steps)}: {100 * sparsity:.4g} % zeros"})
-        joined = Joined.of(pattern, shapes, sparsity)
+        joined = Joined.of(pattern, shapes, sparsity, run.budgets(pattern, sparsity))
         note = f"stage {t + 1} of {len(steps)}: {100 * sparsity:.4g} % zeros"
         fisher = None
         if "fisher" in roles(recipe):
             clock = time.perf_counter()
             axes = axes or gradients.image_axis(run.model, run.sites, train[0][0])
-            order = shuffle(train, run.options, seed + t)
-            grads, kind = gradients.per_row(run.model, run.sites, *order, run.options, seed=seed + t, axes=axes)
+            sizes = shares(train[0], run.options)
+            mine = replace(run.options, rows=sizes[ranks.rank()])
+            order = shuffle(train, mine, seed + t)
+            grads, kind = gradients.per_row(run.model, run.sites, *order, mine, seed=seed + t, axes=axes)
             first = run.options.first_order
             if first and kind != "true":
                 raise ValueError(f"fisher.first_order: {kind} labels have none; it needs labelled images.")
             if first is None:
                 first = kind == "true" and run.options.minibatch > 1
             scale = 1 / run.options.minibatch if first else 0.0
-            fisher = Fisher(grads, run.weights(), [s.numel for s in run.sites], scale)
+            fisher = Fisher(
+                grads, run.weights(), [s.numel for s in run.sites], scale, total=_summed, n=sum(sizes),
+                rows=partial(ranks.gather_rows, sizes=sizes), start=sum(sizes[: ranks.rank()]),
+            )  # fmt: skip
             spent = time.perf_counter() - clock
-            note += f", {len(grads)} gradients of {run.options.minibatch} images, {kind} labels, {spent:.1f} s"
+            note += f", {fisher.n} gradients of {run.options.minibatch} images, {kind} labels, {spent:.1f} s"
         clock = time.perf_counter()
         current = run.weights()
         ridges: list[float | None] = list(run.options.ridges) or [None]
@@ -197,7 +209,8 @@ def stage(run: Run, joined: Joined, fisher: Fisher | None, ridge: float | None, 
     elif solve_by != "none":
         given = {s.name: Given(m, str(joined.pattern)) for s, m in zip(run.sites, run.split(draft.mask), strict=True)}
         return run.walk(replace(recipe, mask={"method": "magnitude"}), given)
-    new = new * draft.mask
+    # what every process computed from the same sums may still differ in the last bit: rank 0 decides
+    new = _summed(new * draft.mask if ranks.is_main() else torch.zeros_like(new))
     if not bool(torch.isfinite(new).all()):
         raise ValueError("the solve gave weights that are not finite; raise the ridge or the number of gradients.")
     run.write(new)
@@ -211,7 +224,7 @@ def layer_patterns(run: Run, joined: Joined, current: Tensor) -> dict[str, Any]:
         keep = max(pattern.n, min(pattern.m - 1, int(-(-(1 - joined.sparsity) * pattern.m // 1))))
         made = [replace(pattern, n=keep)] * len(run.sites)
     else:
-        made = allocate(replace(pattern, sparsity=joined.sparsity), run.split(current))
+        made = allocate(replace(pattern, sparsity=joined.sparsity), run.split(current), kernels(run.sites))
     return {s.name: p for s, p in zip(run.sites, made, strict=True)}
 
 
@@ -275,6 +288,33 @@ def shuffle(
     return pick(*data, order[: options.rows * options.minibatch] if options.rows else order)
 
 
+def shares(batches: list[Any], options: Options) -> list[int]:
+    """Rows that each process contributes, from the images it has: together `options.rows`, as evenly as they allow.
+
+    Raises ValueError, on every process alike, where there are too few images.
+    """
+    images = sum(len(_tensors(b)[0]) for b in batches)
+    most = [int(k) // options.minibatch for k in ranks.gather(images)]
+    wanted = sum(most) if options.rows is None else options.rows
+    taken = [0] * len(most)
+    for r in sorted(range(len(most)), key=lambda r: most[r]):  # those with the fewest images first
+        open_ = sum(1 for r_ in range(len(most)) if (most[r_], r_) >= (most[r], r))
+        taken[r] = min(most[r], -(-(wanted - sum(taken)) // open_))
+    if sum(taken) < wanted or min(taken) < 2:
+        raise ValueError(
+            f"fisher: {options.rows or 'any'} rows of {options.minibatch} images need at least "
+            f"{(options.rows or 2 * len(most)) * options.minibatch} images, found "
+            f"{' + '.join(str(k) for k in ranks.gather(images))}. Raise samples or lower fisher.rows."
+        )
+    return taken
+
+
+def _summed(t: Tensor) -> Tensor:
+    t = t.clone()
+    ranks.sum_([t])
+    return t
+
+
 def outputs(model: nn.Module, batches: list[Any]) -> list[Tensor]:
     with quiet(model), torch.no_grad():
         return [gradients.logits_of(feed(model, b)).clone() for b in batches]
@@ -299,7 +339,7 @@ def held_loss(model: nn.Module, kept_out: tuple[list[Any], list[Tensor | None]],
             one = (z - dense[i]).double().square().sum() / dense[i].double().square().mean()
         total += float(one)
         count += len(z)
-    value = total / max(1, count)
+    value = ranks.agree(total) / max(1.0, ranks.agree(float(count)))
     return value if value == value else float("inf")
 
 

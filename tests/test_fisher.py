@@ -1,9 +1,12 @@
 """The quadratic model of the loss and the methods on it, against closed forms and brute force."""
 
 import itertools
+import os
+import socket
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import nn
 
 import hf_prune
@@ -392,10 +395,53 @@ def test_mistakes_are_explained(keys, part):
         hf_prune.prune(net(), data(), {"sparsity": 0.5, **keys})
 
 
-def test_several_processes_are_refused_and_not_run_apart(monkeypatch):
-    monkeypatch.setattr(staged.ranks, "world_size", lambda: 2)
-    with pytest.raises(ValueError, match="by one process, found 2"):
-        hf_prune.prune(net(), data(), "chita", sparsity=0.5)
+def one_rank(rank, size, port, folder, recipe):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    for name, keys in recipe.items():
+        model = net()
+        hf_prune.prune(model, data()[rank::size], keys)
+        torch.save(model.state_dict(), f"{folder}/{name}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+RANKED = {
+    name: {"mask": name, "solve": "none", "sparsity": 0.6, "scope": "model", "fisher": {"labels": "true"}}
+    for name in ("chita", "obd", "woodfisher", "mfac", "cbs")
+} | {
+    f"chita, {support}": {"mask": {"method": "chita", "support": support, "ridge": 0.1}, "solve": "none",
+                          "sparsity": 0.6, "batchnorm": "renew", "fisher": {"labels": "true"}}
+    for support in ("iht", "cost")
+}  # fmt: skip
+
+
+def test_two_ranks_give_the_same_model_as_one(tmp_path):
+    """Uneven shares of the images, two batches and one: the rows of A meet in another order, and nothing else."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(one_rank, (2, port, str(tmp_path), RANKED), nprocs=2)
+    for name, keys in RANKED.items():
+        first, second = (torch.load(tmp_path / f"{name}-{r}.pt") for r in range(2))
+        assert all(torch.equal(first[k], second[k]) for k in first), f"{name}: the ranks hold different models"
+        model = net()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        hf_prune.prune(model, data(), keys)
+        for key, w in model.state_dict().items():
+            assert torch.equal(w != 0, first[key] != 0), f"{name}, {key}: the masks differ"
+            torch.testing.assert_close(w, first[key], rtol=1e-3, atol=1e-5, msg=f"{name}, {key}")
+        assert any(not torch.equal(w, before[key]) for key, w in model.state_dict().items())
+
+
+def test_rows_are_shared_as_evenly_as_the_images_allow(monkeypatch):
+    options = staged.Options(rows=20, minibatch=2)
+    for counts, taken in (([100, 100], [10, 10]), ([8, 100, 100], [4, 8, 8]), ([100], [20])):
+        monkeypatch.setattr(staged.ranks, "gather", lambda value, counts=counts: counts)
+        assert staged.shares([torch.zeros(4, 1)], options) == taken
+    monkeypatch.setattr(staged.ranks, "gather", lambda value: [8, 8])
+    with pytest.raises(ValueError, match="20 rows of 2 images need at least 40 images, found 8 . 8"):
+        staged.shares([torch.zeros(4, 1)], options)
 
 
 def test_the_draft_is_zero_off_the_mask():
