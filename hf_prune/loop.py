@@ -91,6 +91,7 @@ class Report:
     calibration: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     permutation: dict[str, Any] | None = None  # None: channels stand where they stood
+    stages: list[dict[str, Any]] = field(default_factory=list)  # of a run in stages or on gradients, see staged.py
 
 
 @dataclass
@@ -205,12 +206,13 @@ def prune(
                 permutation = permute.told(found, recipe.permute)
             else:
                 notes.append(f"permute {recipe.permute} did nothing: only N:M patterns depend on the channels' order.")
+        told: list[dict[str, Any]] = []
         if staged.wanted(recipe):
 
             def blocks(recipe: Recipe, patterns: dict[str, Any]) -> list[dict]:
                 return run(model, batches, recipe, replace(chosen, patterns=patterns), target, lambda event: None, None)
 
-            layers = staged.prune(model, batches, labels, recipe, chosen.units, tell, blocks, draw, notes)
+            layers, told = staged.prune(model, batches, labels, recipe, chosen.units, tell, blocks, draw, notes)
         else:
             layers = run(model, batches, recipe, chosen, target, tell, Path(checkpoint) if checkpoint else None)
     done = {entry["name"]: entry for entry in layers}
@@ -228,6 +230,7 @@ def prune(
         calibration={"samples": images},
         notes=notes,
         permutation=permutation,
+        stages=told,
     )
 
 

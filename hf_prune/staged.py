@@ -53,6 +53,7 @@ class Run:
     tell: Callable[[dict[str, Any]], None]
     walk: Callable[[Any, dict[str, Any]], list[dict]]  # (recipe, pattern of each site) -> entries of the report
     notes: list[str] = field(default_factory=list)
+    told: list[dict[str, Any]] = field(default_factory=list)  # what each stage did, for the report
 
     def weights(self) -> Tensor:
         named = parameters(self.model)
@@ -99,8 +100,8 @@ def prune(
     model: nn.Module, batches: list[Any], labels: list[Tensor | None], recipe: Any, units: list[Any],
     tell: Callable[[dict[str, Any]], None], walk: Callable[[Any, dict[str, Any]], list[dict]],
     fresh: Callable[[int], Any] | None, notes: list[str],
-) -> list[dict]:  # fmt: skip
-    """All stages of a recipe, in place; returns one entry of the report per site and appends to `notes`.
+) -> tuple[list[dict], list[dict]]:  # fmt: skip
+    """All stages of a recipe, in place; returns one entry of the report per site, and one per stage; adds to `notes`.
 
     walk(recipe, patterns): one run of the block walk.  fresh(t): batches of stage t, where the caller has new ones.
     """
@@ -114,7 +115,7 @@ def prune(
         given = list(fresh(t))
         return [b[0] if isinstance(b, (tuple, list)) else b for b in given], labels_of(given)
 
-    return stages(run, draw, recipe.seed)
+    return stages(run, draw, recipe.seed), run.told
 
 
 def check(recipe: Any) -> None:
@@ -145,6 +146,7 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
         joined = Joined.of(pattern, shapes, sparsity, run.budgets(pattern, sparsity))
         note = f"stage {t + 1} of {len(steps)}: {100 * sparsity:.4g} % zeros"
         fisher = None
+        told: dict[str, Any] = {"sparsity": sparsity}
         if "fisher" in roles(recipe):
             clock = time.perf_counter()
             axes = axes or gradients.image_axis(run.model, run.sites, train[0][0])
@@ -164,6 +166,9 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
             )  # fmt: skip
             spent = time.perf_counter() - clock
             note += f", {fisher.n} gradients of {run.options.minibatch} images, {kind} labels, {spent:.1f} s"
+            told |= {"rows": fisher.n, "minibatch": run.options.minibatch, "labels": kind,
+                     "first_order": bool(first), "gradient_seconds": spent,
+                     "ridge": ridge_of(recipe)}  # fmt: skip
         clock = time.perf_counter()
         current = run.weights()
         ridges: list[float | None] = list(run.options.ridges) or [None]
@@ -178,9 +183,13 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
             best = min((x for x in tried if x[0] == x[0]), key=lambda x: x[0])
             run.write(best[2])
             note += f", ridge {best[1]:g} by held-out loss ({losses})"
-        note += f", solved in {time.perf_counter() - clock:.1f} s"
-        note += settle_norms(run.model, recipe.batchnorm, train[0], kept_out, dense_outputs)
-        run.notes.append(note)
+            told |= {"ridge": best[1], "held_out_loss": best[0], "ridges": {f"{r:g}": v for v, r, _ in tried}}
+        told["solve_seconds"] = time.perf_counter() - clock
+        note += f", solved in {told['solve_seconds']:.1f} s"
+        done = settle_norms(run.model, recipe.batchnorm, train[0], kept_out, dense_outputs)
+        told["batchnorm"] = done.removeprefix(", ") or "kept"
+        run.notes.append(note + done)
+        run.told.append(told)
         del fisher
     return finish(run, entries, original, str(pattern), time.perf_counter() - began)
 
@@ -226,6 +235,16 @@ def layer_patterns(run: Run, joined: Joined, current: Tensor) -> dict[str, Any]:
     else:
         made = allocate(replace(pattern, sparsity=joined.sparsity), run.split(current), kernels(run.sites))
     return {s.name: p for s, p in zip(run.sites, made, strict=True)}
+
+
+def ridge_of(recipe: Any) -> float | None:
+    """The ridge of the method that works on the gradients, its default included; None for one that has none."""
+    for kind, role in (("solve", recipe.solve), ("select", recipe.mask)):
+        if role and methods.evidence(role["method"]) == "fisher":
+            known = methods.options(kind, role["method"]) | role
+            if known.get("ridge") is not None:
+                return float(known["ridge"])
+    return None
 
 
 def call(kind: str, role: dict[str, Any], *problem: Any, ridge: float | None) -> Any:

@@ -338,6 +338,28 @@ def test_runs_repeat_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("mask", ["magnitude", "chita", "wanda"])
+@pytest.mark.parametrize("allocation", ["lamp", "erk"])
+def test_any_mask_takes_the_budgets_of_an_allocation(mask, allocation):
+    model = net()
+    report = hf_prune.prune(model, data(), {"mask": mask, "solve": "none", "sparsity": 0.8, "scope": "model",
+                                            "allocation": allocation, "stages": 2})  # fmt: skip
+    rows = [r for r in report.layers if r["pattern"]]
+    assert sum(r["kept"] for r in rows) == int(0.2 * sum(r["total"] for r in rows))
+    assert all(r["pattern"] == f"80% (model, {allocation})" for r in rows)
+
+
+def test_the_report_says_how_every_stage_was_made():
+    report = hf_prune.prune(net(), data(), "chita-plus-plus", stages=2, sparsity=0.7)
+    assert [round(s["sparsity"], 3) for s in report.stages] == [0.1, 0.7]
+    for stage in report.stages:
+        assert stage["labels"] == "true" and stage["rows"] == 38 and stage["first_order"] is False
+        assert stage["ridge"] in (1e-3, 1e-2, 1e-1) and stage["held_out_loss"] == stage["ridges"][f"{stage['ridge']:g}"]
+        assert "held-out loss" in stage["batchnorm"]
+    report = hf_prune.prune(net(), data(labels=False), {"mask": "cbs", "solve": "none", "sparsity": 0.7})
+    assert report.stages[0]["labels"] == "sampled" and report.stages[0]["ridge"] == 1e-4
+
+
 def test_a_null_direction_moves_no_weight():
     """LayerNorm makes the loss blind to a common shift of the rows before it; the refit must not wander along it."""
     model = net()
