@@ -30,7 +30,7 @@ def restore(found: list[_BatchNorm], saved: list[tuple[Tensor, Tensor]]) -> None
 
 
 def renew(model: nn.Module, batches: list[Any]) -> int:
-    """Set every running mean and variance to the average over the batches of all ranks; returns how many norms there are.
+    """Set every running mean and variance to the average over the batches of all ranks; returns how many there are.
 
     Every norm sees the outputs of norms that use the statistics of the batch, as in training.
     """

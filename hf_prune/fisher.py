@@ -34,6 +34,7 @@ class Fisher:
     total: Callable[[Tensor], Tensor] = lambda part: part  # the sum of a tensor over all processes
     start: int = 0  # where this process's share begins among the n rows
     n: int = 0  # rows on all processes; 0: all are here
+    known: tuple[slice, Tensor, Tensor] | None = field(default=None, init=False, repr=False)  # of `factor`
 
     def __post_init__(self) -> None:
         self.n = self.n or self.grads.shape[0]
@@ -96,6 +97,12 @@ class Fisher:
         k.diagonal().add_(self.n * self.ridge)
         return k
 
+    def factor(self, mask: Tensor, where: slice) -> Tensor:
+        """Cholesky factor of the kernel; the last one is remembered, since a refit and the costs after it share it."""
+        if self.known is None or self.known[0] != where or not torch.equal(self.known[1], mask[where]):
+            self.known = (where, mask[where].clone(), cholesky(self.kernel(mask, where), "the Fisher kernel"))
+        return self.known[2]
+
     def refit(self, mask: Tensor, where: slice | None = None) -> Tensor:
         """The w that minimises Q with w = 0 off the mask, over one block and with the others at w̄: (block,).
 
@@ -118,7 +125,7 @@ class Fisher:
             new = torch.zeros_like(weight)
             new[mask_] = (weight[mask_].double() + step).to(weight.dtype)
             return new
-        v = torch.cholesky_solve(target[:, None], cholesky(self.kernel(mask, where), "the Fisher kernel"))[:, 0]
+        v = torch.cholesky_solve(target[:, None], self.factor(mask, where))[:, 0]
         return (weight + self.back(v, where).to(weight.dtype)) * mask_
 
     def leverage(self, mask: Tensor, where: slice | None = None, of: Tensor | None = None) -> Tensor:
@@ -127,7 +134,7 @@ class Fisher:
         They are the column norms of L⁻¹ A with L Lᵀ the kernel, and λ [F⁻¹]_ii = 1 - q_i for F = A_SᵀA_S / n + λ I.
         """
         where = where or slice(0, self.weight.numel())
-        factor = cholesky(self.kernel(mask, where), "the Fisher kernel")
+        factor = self.factor(mask, where)
         # the small inverse times everything beats a triangular solve by a factor, and L is well conditioned in float64
         eye = torch.eye(self.n, dtype=factor.dtype, device=factor.device)
         inverse = torch.linalg.solve_triangular(factor, eye, upper=False)

@@ -31,6 +31,8 @@ class Options(gradients.Rows):
     ridges: tried one after the other in every stage; the one with the least loss on images kept out of the gradients
     wins.  Empty: the ridge of the method.  held_out: share of the calibration images kept out for that and for
     `batchnorm: auto`.  first_stage, halvings, dwell: of the way through several stages, see joined.schedule.
+    average: share of the stages, at the end, whose weights are averaged once the support stands still; with the
+    first-order term each stage is a noisy step, and the mean of many is a better point than the last.
     """
 
     ridges: tuple[float, ...] | list[float] = ()
@@ -38,7 +40,7 @@ class Options(gradients.Rows):
     first_stage: float = 0.1
     halvings: float | None = None
     dwell: float = 0.0
-
+    average: float = 0.0
 
     def way(self) -> tuple[float, float | None, float]:
         return self.first_stage, self.halvings, self.dwell
@@ -79,6 +81,25 @@ class Run:
 
 def kernels(found: list[Site]) -> list[tuple[int, ...]]:
     return [s.conv.kernel if s.conv else () for s in found]
+
+
+class Mean:
+    """The mean of weight vectors that share their support; it starts anew where the support changes."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def add(self, w: Tensor) -> None:
+        if self.total is not None and torch.equal(self.total != 0, w != 0):
+            self.total, self.count = self.total + w.double(), self.count + 1
+        else:
+            self.total, self.count = w.double(), 1
+        self.dtype = w.dtype
+
+    def value(self) -> Tensor:
+        assert self.total is not None
+        return (self.total / self.count).to(self.dtype)
 
 
 def roles(recipe: Any) -> tuple[str | None, str | None, str | None]:
@@ -137,6 +158,7 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
     entries: list[dict] = []
     dense_outputs: list[Tensor] | None = None
     axes: list[int] | None = None
+    mean = Mean()
     for t, sparsity in enumerate(steps):
         batches, labels = draw(t)
         train, kept_out = hold_out(batches, labels, run.options.held_out if judged(recipe, run.options) else 0.0, seed)
@@ -148,7 +170,7 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
         fisher = None
         told: dict[str, Any] = {"sparsity": sparsity}
         if "fisher" in roles(recipe):
-            clock = time.perf_counter()
+            clock, busy = time.perf_counter(), time.process_time()
             axes = axes or gradients.image_axis(run.model, run.sites, train[0][0])
             sizes = shares(train[0], run.options)
             mine = replace(run.options, rows=sizes[ranks.rank()])
@@ -168,8 +190,8 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
             note += f", {fisher.n} gradients of {run.options.minibatch} images, {kind} labels, {spent:.1f} s"
             told |= {"rows": fisher.n, "minibatch": run.options.minibatch, "labels": kind,
                      "first_order": bool(first), "gradient_seconds": spent,
-                     "ridge": ridge_of(recipe)}  # fmt: skip
-        clock = time.perf_counter()
+                     "gradient_cpu_seconds": time.process_time() - busy, "ridge": ridge_of(recipe)}  # fmt: skip
+        clock, busy = time.perf_counter(), time.process_time()
         current = run.weights()
         ridges: list[float | None] = list(run.options.ridges) or [None]
         tried: list[tuple[float, float | None, Tensor]] = []
@@ -185,7 +207,14 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
             note += f", ridge {best[1]:g} by held-out loss ({losses})"
             told |= {"ridge": best[1], "held_out_loss": best[0], "ridges": {f"{r:g}": v for v, r, _ in tried}}
         told["solve_seconds"] = time.perf_counter() - clock
+        told["solve_cpu_seconds"] = time.process_time() - busy
         note += f", solved in {told['solve_seconds']:.1f} s"
+        if len(steps) - t <= run.options.average * len(steps):
+            mean.add(run.weights())
+            if t + 1 == len(steps) and mean.count > 1:
+                run.write(mean.value())
+                note += f", weights averaged over the last {mean.count} stages"
+                told["averaged"] = mean.count
         done = settle_norms(run.model, recipe.batchnorm, train[0], kept_out, dense_outputs)
         told["batchnorm"] = done.removeprefix(", ") or "kept"
         run.notes.append(note + done)

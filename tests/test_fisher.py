@@ -349,6 +349,21 @@ def test_any_mask_takes_the_budgets_of_an_allocation(mask, allocation):
     assert all(r["pattern"] == f"80% (model, {allocation})" for r in rows)
 
 
+def test_the_mean_of_the_last_stages_starts_anew_with_the_support():
+    mean = staged.Mean()
+    for w in ([5.0, 0.0, 1.0], [1.0, 2.0, 0.0], [3.0, 4.0, 0.0]):
+        mean.add(torch.tensor(w))
+    assert mean.count == 2 and mean.value().tolist() == [2.0, 3.0, 0.0]
+    keys = {"mask": "chita", "solve": "none", "sparsity": 0.7, "scope": "model", "stages": 6}
+    way = {"labels": "true", "dwell": 0.7}
+    last, averaged = net(), net()
+    hf_prune.prune(last, data(), keys | {"fisher": way})
+    report = hf_prune.prune(averaged, data(), keys | {"fisher": way | {"average": 0.5}})
+    assert report.stages[-1]["averaged"] == 3
+    for a, b in zip(last.parameters(), averaged.parameters(), strict=True):
+        assert torch.equal(a != 0, b != 0), "the support is that of the last stage"
+
+
 def test_the_report_says_how_every_stage_was_made():
     report = hf_prune.prune(net(), data(), "chita-plus-plus", stages=2, sparsity=0.7)
     assert [round(s["sparsity"], 3) for s in report.stages] == [0.1, 0.7]
