@@ -289,19 +289,20 @@ def apart(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def measure(name: str, methods: list[str] | None, columns: Sequence[float | str] | None, seeds: int) -> None:
     file = RESULTS / f"chita-{name}.json"
     net = network(name)
-    result = json.loads(file.read_text()) if file.exists() else {}
-    if not result:
+    RESULTS.mkdir(exist_ok=True)
+    if not file.exists():
         result = {"network": name, "dense": accuracy(net.make(), net.test), "images": net.about, "runs": []}
-    done = {(r["method"], r["column"], r["seed"]) for r in result["runs"]}
+        file.write_text(json.dumps(result, indent=1) + "\n")
     for seed in range(seeds):
         for method in methods or net.methods:
             for column in columns or PUBLISHED[name]["columns"]:
                 fixed = method.startswith("magnitude") and "BN" not in method  # no image decides anything
+                done = {(r["method"], r["column"], r["seed"]) for r in json.loads(file.read_text())["runs"]}
                 if (method, column, seed) in done or (fixed and seed):
                     continue
                 run = apart(lambda m=method, c=column, s=seed: one_run(net, net.methods[m], c, s))  # type: ignore[misc]
+                result = json.loads(file.read_text())  # another process may have added to it meanwhile
                 result["runs"].append({"method": method, "column": column, "seed": seed, **run})
-                RESULTS.mkdir(exist_ok=True)
                 file.write_text(json.dumps(result, indent=1) + "\n")
                 took = f"{run['cpu_seconds']:.1f} CPU s"
                 parts = f"gradients {run['gradient_seconds']:.1f}, solves {run['solve_seconds']:.1f}"
