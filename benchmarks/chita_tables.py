@@ -1,10 +1,13 @@
-"""The tables of docs/chita.md: the CHITA family on the networks of its paper, method beside method.
+"""The tables of docs/chita.md: the CHITA family on the networks of its paper and on ViT-Tiny, method beside method.
 
-    python benchmarks/chita_tables.py mlpnet --seeds 5 --output benchmarks/results/mlpnet.json
-    python benchmarks/chita_tables.py resnet20 --seeds 1 --output benchmarks/results/resnet20.json
+    python benchmarks/chita_tables.py mlpnet                         # every method, sparsity and seed not yet measured
+    python benchmarks/chita_tables.py resnet20 --methods "CHITA++" --sparsities .9 --seeds 1
+    python benchmarks/chita_tables.py gradients                      # per-image gradients against one backward each
+    python benchmarks/chita_tables.py docs                           # write what was measured into docs/chita.md
 
-Checkpoints and images are looked for in ../shared/data and are no part of the project.  Every cell is the mean over
-seeds (a seed draws the calibration images) with its spread; seconds are CPU seconds of gradients and of optimisation.
+Checkpoints and images are looked for in ../shared/data and are no part of the project.  Every run is a process of its
+own, whose peak memory is its own, and is written to benchmarks/results/chita-NETWORK.json as soon as it ends; a run
+that stands there already is not repeated.  A seed draws the calibration images.  Seconds are CPU seconds of one thread.
 """
 
 from __future__ import annotations
@@ -13,41 +16,179 @@ import argparse
 import io
 import json
 import math
+import multiprocessing
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import pyarrow.parquet as parquet
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-import hf_prune
-
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
-PUBLISHED = {
-    "mlpnet": {"dense": 93.97, "columns": [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98],
-               "CHITA": [93.97, 93.94, 93.80, 93.59, 92.46, 88.09, 46.25],
-               "CHITA++": [95.97, 95.93, 95.89, 95.80, 95.55, 94.70, 90.73]},
-    "resnet20": {"dense": 91.36, "columns": [0.5, 0.6, 0.7, 0.8, 0.9],
-                 "CHITA": [90.60, 89.22, 84.12, 57.90, 15.60], "CHITA++": [91.04, 90.78, 90.38, 88.72, 79.32]},
-}  # fmt: skip
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+RESULTS = ROOT / "benchmarks" / "results"
+DOCS = ROOT / "docs" / "chita.md"
 WHOLE = {"scope": "model", "prune_stem": True, "prune_head": True,
          "target": {"mix": 0.0, "residual": False, "bias": False}}  # fmt: skip
+ONE = {"minibatch": 1, "labels": "true", "first_order": False}  # a gradient per image, and the OBS assumption
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "mlpnet": {"dense": 93.97, "columns": [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98], "rows": {
+        "magnitude": {0.9: 90.30, 0.98: 32.25}, "WoodFisher": {0.9: 91.69, 0.98: 38.26},
+        "CBS": {0.9: 93.14, 0.98: 55.45},
+        "CHITA": [93.97, 93.94, 93.80, 93.59, 92.46, 88.09, 46.25],
+        "CHITA++": [95.97, 95.93, 95.89, 95.80, 95.55, 94.70, 90.73]}},
+    "resnet20": {"dense": 91.36, "columns": [0.5, 0.6, 0.7, 0.8, 0.9], "rows": {
+        "magnitude": {0.7: 78.79, 0.9: 11.79}, "WoodFisher": {0.7: 81.05, 0.9: 11.49}, "CBS": {0.7: 81.84, 0.9: 13.68},
+        "CHITA": [90.60, 89.22, 84.12, 57.90, 15.60], "CHITA++": [91.04, 90.78, 90.38, 88.72, 79.32]}},
+    "mobilenet": {"dense": 71.95, "columns": [0.5, 0.6, 0.7, 0.8], "rows": {
+        "magnitude": {0.7: 6.78, 0.8: 0.11}, "WoodFisher": {0.7: 29.36, 0.8: 0.24}, "CBS": {0.7: 55.11, 0.8: 16.38},
+        "CHITA": [70.42, 67.30, 59.40, 29.78], "CHITA++": [70.99, 69.54, 66.42, 47.45]}},
+    "vit-tiny": {"dense": 0.0, "columns": ["2:4", 0.5, 0.6, 0.7], "rows": {}},
+}  # fmt: skip
+TITLES = {
+    "mlpnet": "MLPNet on MNIST (the paper's checkpoint; 10000 test images)",
+    "resnet20": "ResNet20 on CIFAR-10 (the paper's checkpoint; 10000 test images stored as JPEG)",
+    "mobilenet": "MobileNetV1 1.0/224 on ImageNet",
+    "vit-tiny": "ViT-Tiny/16 on ImageNet",
+}
+
+
+# ------------------------------------------------------------------------------------------------------- the methods
+def mlpnet() -> dict[str, Any]:
+    one = {"rows": 1000, **ONE}
+    # minibatches of 16 with the first-order term; higher first stages, later halvings and a long stay at the goal
+    slow = {"rows": 300, "minibatch": 16, "labels": "true", "first_stage": 0.5, "halvings": 8, "dwell": 0.3,
+            "average": 0.2}  # fmt: skip
+    chita = {"method": "chita", "ridge": 1e-3}
+    return {
+        "magnitude": {"mask": "magnitude", "solve": "none"},
+        "magnitude, LAMP": {"mask": "magnitude", "solve": "none", "allocation": "lamp"},
+        "magnitude, ERK": {"mask": "magnitude", "solve": "none", "allocation": "erk"},
+        "OBD": {"mask": "obd", "solve": "none", "fisher": one},
+        "WoodFisher": {"mask": {"method": "woodfisher", "ridge": 1e-3, "block": 500}, "solve": "none", "fisher": one},
+        "M-FAC": {"mask": {"method": "mfac", "ridge": 1e-3}, "solve": "none", "fisher": one},
+        "CBS": {"mask": {"method": "cbs", "ridge": 1e-3}, "solve": "none", "fisher": one},
+        "CHITA": {"mask": chita, "solve": "none", "fisher": one},
+        "CHITA, removal costs": {"mask": {**chita, "support": "cost", "rounds": 6}, "solve": "none", "fisher": one},
+        "CHITA mask + least squares": {"mask": chita, "solve": "least_squares", "fisher": one},
+        "CHITA++ 60": {"mask": chita, "solve": "none", "fisher": slow, "stages": 60, "augment": warp},
+        "CHITA++ 60, removal costs": {"mask": {**chita, "support": "cost", "rounds": 1}, "solve": "none",
+                                      "fisher": slow, "stages": 60, "augment": warp},
+    }  # fmt: skip
+
+
+def resnet20() -> dict[str, Any]:
+    one = {"rows": 500, **ONE}
+    renew = {"batchnorm": "renew"}
+    chita = {"method": "chita", "ridge": 1e-2, "block": 500}
+    slow = {"minibatch": 16, "labels": "true", "first_stage": 0.5, "halvings": 5, "dwell": 0.25}
+    return {
+        "magnitude": {"mask": "magnitude", "solve": "none"},
+        "magnitude, BN": {"mask": "magnitude", "solve": "none", **renew},
+        "WoodFisher, BN": {"mask": {"method": "woodfisher", "ridge": 1e-2}, "solve": "none", **renew, "fisher": one},
+        "CHITA": {"mask": {**chita, "ridge": 1e-4}, "solve": "none", "fisher": one},
+        "CHITA, BN": {"mask": chita, "solve": "none", "fisher": one, **renew},
+        "CHITA mask + least squares, BN": {"mask": chita, "solve": "least_squares", "fisher": one, **renew},
+        "CHITA++, BN": {"mask": {**chita, "ridge": 1e-3}, "solve": "none", "stages": 20, "augment": crop, **renew,
+                        "fisher": {"rows": 100, **slow}},
+    }  # fmt: skip
+
+
+def mobilenet() -> dict[str, Any]:
+    one = {"rows": 200, **ONE}
+    chita = {"method": "chita", "ridge": 1e-3, "block": 2000}
+    renew = {"batchnorm": "renew"}
+    return {
+        "magnitude": {"mask": "magnitude", "solve": "none"},
+        "magnitude, BN": {"mask": "magnitude", "solve": "none", **renew},
+        "CHITA, BN": {"mask": chita, "solve": "none", "fisher": one, **renew},
+        "CHITA++ 6, BN": {"mask": chita, "solve": "none", "stages": 6, "fisher": {**one, "first_stage": 0.3}, **renew},
+    }
+
+
+def vit_tiny() -> dict[str, Any]:
+    one = {"rows": 128, **ONE}
+    wide = {"scope": "model", "samples": 128, "solve": "none"}
+    layer = {"samples": 128}
+    return {
+        "magnitude": {"recipe": "magnitude", **layer},
+        "wanda": {"recipe": "wanda", **layer},
+        "sparsegpt": {"recipe": "sparsegpt", **layer},
+        "alps": {"recipe": "alps", **layer},
+        "snows": {"recipe": "snows", **layer},
+        "OBD": {"mask": "obd", "fisher": one, **wide},
+        "WoodFisher": {"mask": {"method": "woodfisher", "ridge": 1e-3}, "fisher": one, **wide},
+        "M-FAC": {"mask": {"method": "mfac", "ridge": 1e-3}, "fisher": one, **wide},
+        "CBS": {"mask": {"method": "cbs", "ridge": 1e-3}, "fisher": one, **wide},
+        "CHITA": {"mask": {"method": "chita", "ridge": 1e-3}, "fisher": one, **wide},
+        "CHITA mask + least squares": {"mask": {"method": "chita", "ridge": 1e-3}, "fisher": one, **wide,
+                                       "solve": "least_squares"},
+        "CHITA, n = 512": {"mask": {"method": "chita", "ridge": 1e-3}, "fisher": {**one, "rows": 512}, **wide,
+                           "samples": 512},
+    }  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- the images
+class Network(NamedTuple):
+    make: Callable[[], nn.Module]
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    methods: dict[str, Any]
+    about: str  # which images, for the docs
+
+
+def network(name: str) -> Network:
+    if not DATA.is_dir():
+        raise SystemExit(f"{DATA} does not exist: the checkpoints and images of the tables are no part of the project.")
+    sys.path.insert(0, str(DATA))
+    import loaders
+
+    if name == "mlpnet":
+        norm = (0.1307, 0.3081)
+        train, test = images("mnist_train_10000.parquet", *norm), images("mnist_test.parquet", *norm)
+        return Network(loaders.mnist_mlpnet, train, test, mlpnet(), "10000 test images")
+    if name == "resnet20":
+        train = images("cifar10_lossless_train_4000.parquet", 0.5, 0.5)
+        test = images("cifar10jpeg_test.parquet", 0.5, 0.5)
+        return Network(loaders.chita_resnet20, train, test, resnet20(), "10000 JPEG test images")
+    from hf_prune import models
+
+    folder = DATA / ("mobilenet_v1_1.0_224-hf" if name == "mobilenet" else "vit-tiny-patch16-224-hf")
+    loaded = models.load(str(folder))
+    train = photographs(loaded, "imagenet_sample1000_256.parquet", 512)
+    test = photographs(loaded, "imagenet_val_800.parquet", 400)
+    methods = mobilenet() if name == "mobilenet" else vit_tiny()
+    return Network(lambda: models.load(str(folder)).module, train, test, methods, "400 validation images")
 
 
 def images(file: str, mean: float, std: float) -> tuple[Tensor, Tensor]:
+    import numpy as np
+    import pyarrow.parquet as parquet
+    from PIL import Image
+
     table = parquet.read_table(DATA / file)
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(i["bytes"]))) for i in table.column("image").to_pylist()])
     x = torch.tensor(pixels)
     x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
     return (x.float() / 255 - mean) / std, torch.tensor(table.column("label").to_pylist())
+
+
+def photographs(loaded: Any, file: str, count: int) -> tuple[Tensor, Tensor]:
+    """`count` images as the model's processor makes them, and the model's class of each."""
+    from hf_prune import calibration
+    from hf_prune.labels import match
+
+    found = calibration.images(str(DATA / file), samples=count, seed=0)
+    kept = list(found)
+    pixels = torch.cat([loaded.processor([i for i, _ in kept[k : k + 50]]) for k in range(0, len(kept), 50)])
+    classes = match(found.label_names, loaded.labels, loaded.num_classes).classes
+    return pixels, torch.tensor([classes[label] for _, label in kept])
 
 
 def warp(x: Tensor, g: torch.Generator) -> Tensor:
@@ -56,11 +197,11 @@ def warp(x: Tensor, g: torch.Generator) -> Tensor:
     def draw(size: float) -> Tensor:
         return (torch.rand(len(x), generator=g) * 2 - 1) * size
 
-    turn, scale, shear = draw(5 * math.pi / 180), 1 + draw(0.05), draw(0.05)
+    turn, scale, shear = draw(10 * math.pi / 180), 1 + draw(0.1), draw(0.1)
     m = torch.zeros(len(x), 2, 3)
     m[:, 0, 0], m[:, 0, 1] = turn.cos() * scale, -turn.sin() * scale + shear
     m[:, 1, 0], m[:, 1, 1] = turn.sin() * scale, turn.cos() * scale
-    m[:, 0, 2], m[:, 1, 2] = draw(1.4 / x.shape[-1]), draw(1.4 / x.shape[-1])
+    m[:, 0, 2], m[:, 1, 2] = draw(2.8 / x.shape[-1]), draw(2.8 / x.shape[-1])
     low = x.min()
     return F.grid_sample(x - low, F.affine_grid(m, list(x.shape), align_corners=False), align_corners=False) + low
 
@@ -73,146 +214,225 @@ def crop(x: Tensor, g: torch.Generator) -> Tensor:
     return torch.stack([p[:, i : i + size, j : j + size] for p, (i, j) in zip(padded, at, strict=True)])
 
 
-def mlpnet() -> dict[str, Any]:
-    def fisher(rows: int, batch: int, **more: Any) -> dict[str, Any]:
-        return {"rows": rows, "minibatch": batch, "labels": "true", **more}
-
-    one = {"rows": 1000, "minibatch": 1, "labels": "true", "first_order": False}
-    slow = {"first_stage": 0.5, "halvings": 8, "dwell": 0.3}
-    return {
-        "magnitude": {"mask": "magnitude", "solve": "none"},
-        "OBD": {"mask": "obd", "solve": "none", "fisher": one},
-        "WoodFisher": {"mask": {"method": "woodfisher", "ridge": 1e-3, "block": 500}, "solve": "none", "fisher": one},
-        "M-FAC": {"mask": {"method": "mfac", "ridge": 1e-3}, "solve": "none", "fisher": one},
-        "CBS": {"mask": {"method": "cbs", "ridge": 1e-3}, "solve": "none", "fisher": one},
-        "CHITA": {"mask": {"method": "chita", "ridge": 1e-4, "support": "cost"}, "solve": "none", "fisher": one},
-        "CHITA mask + least squares": {"mask": {"method": "chita", "ridge": 1e-4}, "solve": "least_squares",
-                                       "fisher": one},
-        "CHITA++ 15": {"mask": {"method": "chita", "ridge": 1e-3, "support": "cost", "rounds": 1}, "solve": "none",
-                       "fisher": fisher(1000, 16), "stages": 15, "augment": warp},
-        "CHITA++ 30": {"mask": {"method": "chita", "ridge": 1e-3}, "solve": "none",
-                       "fisher": fisher(500, 16, **slow), "stages": 30, "augment": warp},
-        "CHITA++ 60, costs": {"mask": {"method": "chita", "ridge": 1e-3, "support": "cost", "rounds": 1},
-                              "solve": "none", "fisher": fisher(500, 16, **slow), "stages": 60, "augment": warp},
-    }  # fmt: skip
-
-
-def resnet20() -> dict[str, Any]:
-    one = {"rows": 500, "minibatch": 1, "labels": "true", "first_order": False}
-    renew = {"batchnorm": "renew"}
-    slow = {"first_stage": 0.5, "halvings": 5, "dwell": 0.25}
-    chita = {"method": "chita", "ridge": 1e-2, "block": 500}
-    return {
-        "magnitude": {"mask": "magnitude", "solve": "none"},
-        "magnitude, BN": {"mask": "magnitude", "solve": "none", **renew},
-        "CHITA": {"mask": {**chita, "ridge": 1e-4}, "solve": "none", "fisher": one},
-        "CHITA, BN": {"mask": chita, "solve": "none", "fisher": one, **renew},
-        "CHITA mask + least squares, BN": {"mask": chita, "solve": "least_squares", "fisher": one, **renew},
-        "WoodFisher, BN": {"mask": {"method": "woodfisher", "ridge": 1e-2}, "solve": "none", **renew,
-                           "fisher": one},
-        "CHITA++ 16, BN": {"mask": {**chita, "ridge": 1e-3}, "solve": "none", "stages": 16, "augment": crop, **renew,
-                           "fisher": {"rows": 250, "minibatch": 8, "labels": "true", **slow}},
-    }  # fmt: skip
-
-
-def network(name: str) -> tuple[Callable[[], nn.Module], tuple[Tensor, Tensor], tuple[Tensor, Tensor], dict[str, Any]]:
-    if not DATA.is_dir():
-        raise SystemExit(f"{DATA} does not exist: the checkpoints and images of the tables are no part of the project.")
-    sys.path.insert(0, str(DATA))
-    import loaders
-
-    if name == "mlpnet":
-        norm = (0.1307, 0.3081)
-        train, test = images("mnist_train_10000.parquet", *norm), images("mnist_test.parquet", *norm)
-        return loaders.mnist_mlpnet, train, test, mlpnet()
-    train, test = images("cifar10_lossless_train_4000.parquet", 0.5, 0.5), images("cifar10jpeg_test.parquet", 0.5, 0.5)
-    return loaders.chita_resnet20, train, test, resnet20()
-
-
-def accuracy(model: nn.Module, test: tuple[Tensor, Tensor]) -> float:
-    with torch.no_grad():
-        right = [(model(x).argmax(1) == y).sum() for x, y in zip(test[0].split(500), test[1].split(500), strict=True)]
-    return 100 * float(sum(right)) / len(test[1])
-
-
 def batches(train: tuple[Tensor, Tensor], need: int, g: torch.Generator, augment: Any) -> list[tuple[Tensor, Tensor]]:
     rounds = -(-need // len(train[1]))
     which = torch.cat([torch.randperm(len(train[1]), generator=g) for _ in range(rounds)])[:need]
     x = train[0][which]
     x = augment(x, g) if augment else x
-    return list(zip(x.split(250), train[1][which].split(250), strict=True))
+    size = 250 if x.shape[-1] < 100 else 16
+    return list(zip(x.split(size), train[1][which].split(size), strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------- measuring
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    out = model(x)
+    return getattr(out, "logits", out)
+
+
+def accuracy(model: nn.Module, test: tuple[Tensor, Tensor]) -> float:
+    size = 500 if test[0].shape[-1] < 100 else 25
+    with torch.no_grad():
+        right = [(logits(model, x).argmax(1) == y).sum() for x, y in zip(test[0].split(size), test[1].split(size),
+                                                                         strict=True)]  # fmt: skip
+    return 100 * float(sum(right)) / len(test[1])
+
+
+def pattern(column: float | str) -> dict[str, Any]:
+    return {"nm": column} if isinstance(column, str) else {"sparsity": column}
+
+
+def one_run(net: Network, options: dict[str, Any], column: float | str, seed: int) -> dict[str, Any]:
+    """Prune once and measure: what the result file holds of a run."""
+    import hf_prune
+
+    options = dict(options)
+    augment, recipe = options.pop("augment", None), options.pop("recipe", None)
+    fisher = options.get("fisher", {})
+    need = options.pop("samples", fisher.get("rows", 1000) * fisher.get("minibatch", 1))
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(stage: int) -> list:
+        return batches(net.train, need, g, augment)
+
+    model = net.make()
+    keys: dict[str, Any] = {"seed": seed, **pattern(column), **options}
+    if recipe is None and net.train[0].shape[-1] < 100:
+        keys = {**WHOLE, **keys}
+    if "nm" in keys:
+        keys.pop("scope", None)
+    began = time.process_time()
+    report = hf_prune.prune(model, draw, recipe, **keys) if recipe else hf_prune.prune(model, draw, keys)
+    return {
+        "cpu_seconds": time.process_time() - began,
+        "gradient_seconds": sum(s.get("gradient_cpu_seconds", 0.0) for s in report.stages),
+        "solve_seconds": sum(s.get("solve_cpu_seconds", 0.0) for s in report.stages),
+        "peak_host_bytes": report.resources["peak_host_bytes"],
+        "norm_ratio": max(r["weight_norm_ratio"] for r in report.layers),
+        "top1": accuracy(model, net.test),
+    }
+
+
+def apart(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """`work` in a forked process, whose peak memory is then that of this work and of the images before it."""
+    mine, other = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=lambda: other.send(work()))
+    process.start()
+    other.close()
+    try:
+        return mine.recv()
+    except EOFError:
+        raise SystemExit("the run ended without a result; its error stands above.") from None
+    finally:
+        process.join()
+
+
+def measure(name: str, methods: list[str] | None, columns: Sequence[float | str] | None, seeds: int) -> None:
+    file = RESULTS / f"chita-{name}.json"
+    net = network(name)
+    RESULTS.mkdir(exist_ok=True)
+    if not file.exists():
+        result = {"network": name, "dense": accuracy(net.make(), net.test), "images": net.about, "runs": []}
+        file.write_text(json.dumps(result, indent=1) + "\n")
+    for seed in range(seeds):
+        for method in methods or net.methods:
+            for column in columns or PUBLISHED[name]["columns"]:
+                fixed = method.startswith("magnitude") and "BN" not in method  # no image decides anything
+                done = {(r["method"], r["column"], r["seed"]) for r in json.loads(file.read_text())["runs"]}
+                if (method, column, seed) in done or (fixed and seed):
+                    continue
+                run = apart(lambda m=method, c=column, s=seed: one_run(net, net.methods[m], c, s))  # type: ignore[misc]
+                result = json.loads(file.read_text())  # another process may have added to it meanwhile
+                result["runs"].append({"method": method, "column": column, "seed": seed, **run})
+                file.write_text(json.dumps(result, indent=1) + "\n")
+                took = f"{run['cpu_seconds']:.1f} CPU s"
+                parts = f"gradients {run['gradient_seconds']:.1f}, solves {run['solve_seconds']:.1f}"
+                print(f"{name}, {method}, {column}, seed {seed}: {run['top1']:.2f} % in {took} ({parts})", flush=True)
+
+
+def gradients() -> None:
+    """CPU seconds of the gradients of 250 images on ResNet20, against one backward per image."""
+    from hf_prune import gradients as per_image
+    from hf_prune import sites
+
+    net = network("resnet20")
+    model, x, y = net.make(), net.train[0][:250], net.train[1][:250]
+    found = sites.find(model, x[:2]).sites
+    weights = [dict(model.named_parameters())[s.parameter] for s in found]
+    axes = per_image.image_axis(model, found, x)
+
+    def loop() -> Tensor:
+        rows = []
+        for i in range(len(x)):
+            loss = F.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
+            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]))
+        return torch.stack(rows)
+
+    def ours(dtype: str) -> Tensor:
+        rows = per_image.Rows(labels="true", dtype=dtype)
+        return per_image.per_row(model, found, [x], [y], rows, seed=0, axes=axes)[0]
+
+    def batch() -> None:
+        torch.autograd.grad(F.cross_entropy(model(x), y), weights)
+
+    def best(work: Callable[[], Any]) -> float:
+        taken = []
+        for _ in range(4):
+            began = time.process_time()
+            work()
+            taken.append(time.process_time() - began)
+        return min(taken)
+
+    exact, low = ours("float32"), ours("bfloat16")
+    rows = {"one backward per image": best(loop), "float32": best(lambda: ours("float32")),
+            "bfloat16": best(lambda: ours("bfloat16")), "one backward of the whole batch": best(batch)}  # fmt: skip
+    said = {"images": len(x), "seconds": rows, "bfloat16_error": float((low - exact).norm() / exact.norm())}
+    (RESULTS / "chita-gradients.json").write_text(json.dumps(said, indent=1) + "\n")
+    print(gradient_table(said))
+
+
+# ----------------------------------------------------------------------------------------------------------- writing
+def table(result: dict[str, Any]) -> str:
+    """Markdown: published rows, then ours; mean and standard deviation over seeds, and how many."""
+    known = PUBLISHED[result["network"]]
+    columns = known["columns"]
+    heads = [c if isinstance(c, str) else f"{c:g}".lstrip("0") for c in columns]
+    lines = ["| method | seeds | " + " | ".join(heads) + " | CPU s | gradients | solves | peak MB |",
+             "|" + "---|" * (len(columns) + 6)]  # fmt: skip
+    for name, cells in known["rows"].items():
+        at = cells if isinstance(cells, dict) else dict(zip(columns, cells, strict=True))
+        shown = [f"*{at[c]:.2f}*" if c in at else "" for c in columns]
+        lines.append(f"| *{name}, published (dense {known['dense']})* | | " + " | ".join(shown) + " | | | | |")
+    for name in dict.fromkeys(r["method"] for r in result["runs"]):
+        runs = [r for r in result["runs"] if r["method"] == name]
+        cells = [cell([r["top1"] for r in runs if r["column"] == c]) for c in columns]
+        counts = {len([r for r in runs if r["column"] == c]) for c in columns} - {0}
+        seeds = f"{min(counts)}" + (f"-{max(counts)}" if len(counts) > 1 else "")
+        each = [f"{statistics.mean(r[key] for r in runs):.1f}" for key in
+                ("cpu_seconds", "gradient_seconds", "solve_seconds")]  # fmt: skip
+        peak = max(r["peak_host_bytes"] for r in runs) / 2**20
+        lines.append(f"| {name} | {seeds} | " + " | ".join([*cells, *each]) + f" | {peak:.0f} |")
+    return "\n".join(lines)
+
+
+def cell(top: list[float]) -> str:
+    if not top:
+        return ""
+    return f"{statistics.mean(top):.2f}" + (f" ± {statistics.stdev(top):.2f}" if len(top) > 1 else "")
+
+
+def gradient_table(said: dict[str, Any]) -> str:
+    rows = said["seconds"]
+    loop = rows["one backward per image"]
+    lines = [f"| {said['images']} images of ResNet20 | CPU s | against one backward per image |", "|---|---|---|"]
+    lines += [f"| {name} | {seconds:.2f} | {loop / seconds:.1f} times |" for name, seconds in rows.items()]
+    error = f"Error of the bfloat16 gradients: {100 * said['bfloat16_error']:.1f} % of their norm."
+    return "\n".join([*lines, "", error])
+
+
+def sections() -> dict[str, str]:
+    """Marker -> text, of every result that there is."""
+    found = {}
+    for name in PUBLISHED:
+        file = RESULTS / f"chita-{name}.json"
+        if file.exists():
+            result = json.loads(file.read_text())
+            head = f"{TITLES[name]}: dense {result['dense']:.2f} % on {result['images']}."
+            found[name] = f"{head}\n\n{table(result)}"
+    file = RESULTS / "chita-gradients.json"
+    if file.exists():
+        found["gradients"] = gradient_table(json.loads(file.read_text()))
+    return found
+
+
+def docs() -> str:
+    """docs/chita.md with every table between its markers made anew."""
+    text = DOCS.read_text(encoding="utf-8")
+    for name, said in sections().items():
+        begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+        text = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _, b=begin, s=said, e=end: f"{b}\n{s}\n{e}",
+                      text, flags=re.DOTALL)  # fmt: skip
+    return text
+
+
+def column(text: str) -> float | str:
+    return text if ":" in text else float(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("network", choices=("mlpnet", "resnet20"))
+    parser.add_argument("what", choices=(*PUBLISHED, "gradients", "docs"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", nargs="*")
-    parser.add_argument("--sparsities", nargs="*", type=float)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--sparsities", nargs="*", type=column)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    make, train, test, methods = network(args.network)
-    published = PUBLISHED[args.network]
-    columns = args.sparsities or published["columns"]
-    dense = accuracy(make(), test)
-    print(f"{args.network}: dense {dense:.2f} here, {published['dense']} published; {args.seeds} seeds", flush=True)
-    result: dict[str, Any] = {"network": args.network, "dense": dense, "columns": columns, "rows": {}}
-    for name in args.methods or methods:
-        row = []
-        for sparsity in columns:
-            runs = []
-            for seed in range(args.seeds):
-                options = dict(methods[name])
-                augment = options.pop("augment", None)
-                rows = options.get("fisher", {}).get("rows", 1000)
-                need = rows * options.get("fisher", {}).get("minibatch", 1)
-                g = torch.Generator().manual_seed(seed)
-
-                def draw(stage: int, need: int = need, g: Any = g, augment: Any = augment) -> list:
-                    return batches(train, need, g, augment)
-
-                model, began = make(), time.process_time()
-                report = hf_prune.prune(model, draw, {"sparsity": sparsity, "seed": seed, **WHOLE, **options})
-                seconds = time.process_time() - began
-                said = " ".join(report.notes)
-                gradients = sum(float(t) for t in re.findall(r"labels, ([\d.]+) s", said))
-                solving = sum(float(t) for t in re.findall(r"solved in ([\d.]+) s", said))
-                runs.append({"top1": accuracy(model, test), "cpu_seconds": seconds, "gradient_seconds": gradients,
-                             "solve_seconds": solving,
-                             "peak_host_bytes": report.resources["peak_host_bytes"]})  # fmt: skip
-            row.append(runs)
-            top = [r["top1"] for r in runs]
-            spread = statistics.stdev(top) if len(top) > 1 else 0
-            took = statistics.mean(r["cpu_seconds"] for r in runs)
-            parts = f"wall: gradients {runs[0]['gradient_seconds']:.1f}, solves {runs[0]['solve_seconds']:.1f}"
-            mean = statistics.mean(top)
-            print(f"  {name} {sparsity:g}: {mean:.2f} +- {spread:.2f}, {took:.1f} CPU s ({parts})", flush=True)
-        result["rows"][name] = row
-        if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result, published))
-
-
-def table(result: dict[str, Any], published: dict[str, Any]) -> str:
-    head = "| method | " + " | ".join(f"{c:g}" for c in result["columns"]) + " | CPU s | peak MB |"
-    lines = [head, "|" + "---|" * (len(result["columns"]) + 3)]
-    for name in ("CHITA", "CHITA++"):
-        at = dict(zip(published["columns"], published[name], strict=True))
-        cells = [f"{at[c]:.2f}" if c in at else "" for c in result["columns"]]
-        lines.append(f"| {name}, published (dense {published['dense']}) | " + " | ".join(cells) + " | | |")
-    for name, row in result["rows"].items():
-        cells = []
-        for runs in row:
-            top = [r["top1"] for r in runs]
-            spread = f" ± {statistics.stdev(top):.2f}" if len(top) > 1 else ""
-            cells.append(f"{statistics.mean(top):.2f}{spread}")
-        every = [r for runs in row for r in runs]
-        seconds = statistics.mean(r["cpu_seconds"] for r in every)
-        peak = max(r["peak_host_bytes"] for r in every) / 2**20
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {seconds:.1f} | {peak:.0f} |")
-    return "\n".join(lines)
+    if args.what == "gradients":
+        gradients()
+    elif args.what == "docs":
+        DOCS.write_text(docs(), encoding="utf-8")
+    else:
+        measure(args.what, args.methods, args.sparsities, args.seeds)
+        print("\n" + sections()[args.what])
 
 
 if __name__ == "__main__":

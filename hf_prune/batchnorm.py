@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import ranks
 from .sites import feed, quiet
 
 CHOICES = ("keep", "renew", "auto")
@@ -29,7 +30,7 @@ def restore(found: list[_BatchNorm], saved: list[tuple[Tensor, Tensor]]) -> None
 
 
 def renew(model: nn.Module, batches: list[Any]) -> int:
-    """Set every running mean and variance to the average over the batches; returns how many norms there are.
+    """Set every running mean and variance to the average over the batches of all ranks; returns how many there are.
 
     Every norm sees the outputs of norms that use the statistics of the batch, as in training.
     """
@@ -43,6 +44,11 @@ def renew(model: nn.Module, batches: list[Any]) -> int:
             m.reset_running_stats()
         for batch in batches:
             feed(model, batch)
+        calls = ranks.agree(float(len(batches)))
+        for m in found:  # each process averaged over its own batches
+            for statistic in (m.running_mean, m.running_var):
+                statistic.mul_(len(batches) / calls)  # type: ignore[union-attr]
+                ranks.sum_([statistic])  # type: ignore[list-item]
         for m, (momentum, _, tracked) in zip(found, before, strict=True):
             m.momentum, m.training = momentum, False
             m.num_batches_tracked.copy_(tracked)  # type: ignore[union-attr]

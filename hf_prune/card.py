@@ -256,7 +256,40 @@ def _calibration(report: Mapping[str, Any]) -> str:
     where = f" of {_dataset(part)}" if part.get("dataset") else ""
     skipped = f" {part['skipped']} images could not be decoded and were left out." if part["skipped"] else ""
     drawn = f"drawn with seed {report['seed']}"
-    return f"Calibration: {part['samples']} images{where}, {drawn}. Their labels were not used.{skipped}"
+    stages = report.get("stages") or ()
+    used = any(stage.get("labels") == "true" for stage in stages)
+    labels = "Their labels were used." if used else "Their labels were not used."
+    said = f"Calibration: {part['samples']} images{where}, {drawn}. {labels}{skipped}"
+    return said + "".join(f"\n\n{words}" for words in [_gradients(stages), _statistics(stages)] if words)
+
+
+LABELS = {
+    "true": "the images' own labels",
+    "sampled": "labels drawn from the model's own prediction",
+    "projected": "random projections of the outputs",
+}
+
+
+def _gradients(stages: Sequence[Mapping[str, Any]]) -> str:
+    made = [stage for stage in stages if "rows" in stage]
+    if not made:
+        return f"In {len(stages)} stages of rising sparsity." if len(stages) > 1 else ""
+    last = made[-1]
+    of = f" of {last['minibatch']} images each" if last["minibatch"] > 1 else ""
+    said = f"Gradients of the loss: {last['rows']} rows{of}, {LABELS[last['labels']]}"
+    said += f", anew at each of {len(stages)} stages" if len(stages) > 1 else ""
+    said += ", with the first-order term: each stage also took a step down the loss" if last["first_order"] else ""
+    ridges = list(dict.fromkeys(f"{s['ridge']:g}" for s in made if s.get("ridge") is not None))
+    chosen = ", chosen by the loss on images kept out" if "ridges" in last else ""
+    return said + (f". Ridge {', '.join(ridges)}{chosen}." if ridges else ".")
+
+
+def _statistics(stages: Sequence[Mapping[str, Any]]) -> str:
+    renewed = sum("re-estimated" in stage["batchnorm"] and "kept" not in stage["batchnorm"] for stage in stages)
+    if not renewed:
+        return ""
+    often = "" if len(stages) == 1 else f" after {renewed} of the {len(stages)} stages"
+    return f"The statistics of the batch norms were re-estimated on the calibration images{often}."
 
 
 def _resources(part: Mapping[str, Any]) -> str:

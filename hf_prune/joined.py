@@ -56,10 +56,14 @@ class Joined:
     pattern: Pattern
     shapes: tuple[tuple[int, ...], ...]
     sparsity: float
+    budgets: tuple[int, ...] = ()  # weights kept in each layer, where scope `model` shares them by a rule of its own
 
     @classmethod
-    def of(cls, pattern: Pattern, shapes: Sequence[tuple[int, ...]], sparsity: float | None = None) -> Joined:
-        return cls(pattern, tuple(shapes), 1 - pattern.density if sparsity is None else sparsity)
+    def of(
+        cls, pattern: Pattern, shapes: Sequence[tuple[int, ...]], sparsity: float | None = None,
+        budgets: Sequence[int] = (),
+    ) -> Joined:  # fmt: skip
+        return cls(pattern, tuple(shapes), 1 - pattern.density if sparsity is None else sparsity, tuple(budgets))
 
     def sizes(self) -> list[int]:
         return [int(torch.tensor(s).prod()) for s in self.shapes]
@@ -76,11 +80,12 @@ class Joined:
             mask[order.topk(drop, largest=False).indices] = False
             return mask
         pattern = replace(self.pattern, sparsity=self.sparsity)
-        if pattern.scope == "model":
+        if pattern.scope == "model" and not self.budgets:
             return pattern.mask(score)
+        patterns = [replace(pattern, budget=b) for b in self.budgets] or [pattern] * len(self.shapes)
         parts = [
-            pattern.mask(part.view(shape)).flatten()
-            for part, shape in zip(score.split(self.sizes()), self.shapes, strict=True)
+            each.mask(part.view(shape)).flatten()
+            for each, part, shape in zip(patterns, score.split(self.sizes()), self.shapes, strict=True)
         ]
         return torch.cat(parts)
 
@@ -89,7 +94,7 @@ class Joined:
         total = sum(self.sizes())
         if self.pattern.m:
             return torch.arange(total) // self.pattern.m
-        if self.pattern.scope == "model":
+        if self.pattern.scope == "model" and not self.budgets:
             return torch.zeros(total, dtype=torch.long)
         counts = [(shape[0] * shape[1], shape[2]) if self.pattern.scope == "row" else (1, size)
                   for shape, size in zip(self.shapes, self.sizes(), strict=True)]  # fmt: skip

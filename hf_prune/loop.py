@@ -36,6 +36,7 @@ class Recipe:
     nm: str | None = None
     sparsity: float | None = None
     scope: str = "layer"
+    allocation: str = "magnitude"  # of scope `model`: magnitude, lamp or erk share the zeros among the layers
     mask: dict[str, Any] = field(default_factory=lambda: {"method": "obs"})
     solve: dict[str, Any] | None = field(default_factory=lambda: {"method": "least_squares"})
     refine: dict[str, Any] | None = None
@@ -57,7 +58,9 @@ class Recipe:
     def pattern(self) -> Pattern:
         if (self.nm is None) == (self.sparsity is None):
             raise ValueError("give either --nm N:M or --sparsity S, and not both.")
-        return Pattern.parse(self.nm) if self.nm else Pattern.unstructured(float(self.sparsity or 0), self.scope)
+        return Pattern.parse(self.nm) if self.nm else Pattern.unstructured(
+            float(self.sparsity or 0), self.scope, self.allocation
+        )
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Report:
     calibration: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     permutation: dict[str, Any] | None = None  # None: channels stand where they stood
+    stages: list[dict[str, Any]] = field(default_factory=list)  # of a run in stages or on gradients, see staged.py
 
 
 @dataclass
@@ -137,7 +141,7 @@ def choose(model: nn.Module, batch: Any, recipe: Recipe) -> Selection:
     if not pruned:
         why = "; ".join(sorted(set(reasons.values()))[:4])
         raise ValueError(f"no weight of this model can follow {pattern}: {why}.")
-    budgets = allocate(pattern, [s.read(named[s.parameter]) for s in pruned])
+    budgets = allocate(pattern, [s.read(named[s.parameter]) for s in pruned], staged.kernels(pruned))
     patterns = {s.name: p for s, p in zip(pruned, budgets, strict=True)}
     unit_of = {s.name: u.name for u in made for s in u.sites}
     rows = []
@@ -202,12 +206,13 @@ def prune(
                 permutation = permute.told(found, recipe.permute)
             else:
                 notes.append(f"permute {recipe.permute} did nothing: only N:M patterns depend on the channels' order.")
+        told: list[dict[str, Any]] = []
         if staged.wanted(recipe):
 
             def blocks(recipe: Recipe, patterns: dict[str, Any]) -> list[dict]:
                 return run(model, batches, recipe, replace(chosen, patterns=patterns), target, lambda event: None, None)
 
-            layers = staged.prune(model, batches, labels, recipe, chosen.units, tell, blocks, draw, notes)
+            layers, told = staged.prune(model, batches, labels, recipe, chosen.units, tell, blocks, draw, notes)
         else:
             layers = run(model, batches, recipe, chosen, target, tell, Path(checkpoint) if checkpoint else None)
     done = {entry["name"]: entry for entry in layers}
@@ -225,6 +230,7 @@ def prune(
         calibration={"samples": images},
         notes=notes,
         permutation=permutation,
+        stages=told,
     )
 
 

@@ -45,6 +45,19 @@ def gather(value: Any) -> list[Any]:
     return out
 
 
+def gather_rows(part: Tensor, sizes: list[int]) -> Tensor:
+    """The rows of all ranks behind each other: rank r gives `part` (sizes[r], ...), which may be none."""
+    if world_size() == 1:
+        return part
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    widest = max(sizes)  # collectives want equal shapes
+    mine = part.new_zeros(widest, *part.shape[1:], device=device)
+    mine[: len(part)] = part.to(device)
+    out = [torch.empty_like(mine) for _ in sizes]
+    dist.all_gather(out, mine)
+    return torch.cat([t[:n] for t, n in zip(out, sizes, strict=True)]).to(part.device)
+
+
 def agree(value: float) -> float:
     """The sum of a number over all ranks."""
     if world_size() == 1:

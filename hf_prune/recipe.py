@@ -33,6 +33,7 @@ EVAL_SAMPLES = 1000  # an accuracy near one half is then known to 3 points, and 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SCOPES = ("layer", "row", "model")
 PERMUTE = ("none", "magnitude", "activation", "obs")  # permute.SCORES, without its imports
+ALLOCATIONS = ("magnitude", "lamp", "erk")
 
 # Of one invocation, not of a run: a recipe that came from elsewhere must not decide about code, secrets or folders.
 COMMAND_ONLY = (
@@ -138,6 +139,7 @@ KEYS: dict[str, Callable[[Any], str | None]] = {
     "nm": _nm,
     "sparsity": _sparsity,
     "scope": _one_of(*SCOPES),
+    "allocation": _one_of(*ALLOCATIONS),
     "only": _patterns,
     "skip": _patterns,
     "prune_stem": _yes_no,
@@ -265,6 +267,9 @@ def resolve(
 
     if "scope" in merged and "sparsity" not in merged:
         problems.append(f"{origin['scope']}: a scope belongs to --sparsity; N:M has none. Remove it.")
+    if merged.get("allocation", "magnitude") != "magnitude" and merged.get("scope") != "model":
+        problems.append(f"{origin['allocation']}: shares the zeros of a whole model among its layers. "
+                        "Add --sparsity S and --scope model, or remove it.")  # fmt: skip
     if "nm" not in merged and "sparsity" not in merged:
         problems.append("what to keep is not said: give --nm N:M (for example --nm 2:4) or --sparsity S.")
     for key, value in list(merged.items()):
@@ -335,6 +340,8 @@ def _engine_mapping(recipe: Recipe) -> dict[str, Any]:
             continue
         if field.name == "scope" and recipe.sparsity is None:
             continue
+        if field.name == "allocation" and value == "magnitude":
+            continue
         if field.name == "description" and not value:
             continue
         out[field.name] = (
@@ -387,6 +394,7 @@ def _make_room(merged: dict[str, Any], typed: Mapping[str, Any]) -> None:
     if "nm" in typed:
         merged.pop("sparsity", None)
         merged.pop("scope", None)
+        merged.pop("allocation", None)
     if "sparsity" in typed:
         merged.pop("nm", None)
     if typed.get("no_eval") is True:

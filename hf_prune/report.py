@@ -73,6 +73,7 @@ def compose(
         "resources": {**result.resources, "peak_device_bytes": result.resources["peak_device_bytes"] or None},
         "compressed": _compressed(run, compressed),
         "permutation": result.permutation,
+        **({"stages": result.stages} if result.stages else {}),
     }
 
 

@@ -71,6 +71,10 @@ LATER: Keys = {
         lambda value: _mapping(value) and all(_text(v) and len(v) == 64 for v in value.values()),
         "a mapping of tensor name on disk to the sha256 of its bytes",
     ),
+    "stages": (
+        lambda value: _list(value) and all(_mapping(v) and _number(v.get("sparsity")) for v in value),
+        'a list of mappings with at least "sparsity"',
+    ),
     "compressed": (
         lambda value: (
             value is None or (_mapping(value) and _text(value.get("file")) and value.get("only") in (True, False))

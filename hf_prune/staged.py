@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class Options(gradients.Rows):
     ridges: tried one after the other in every stage; the one with the least loss on images kept out of the gradients
     wins.  Empty: the ridge of the method.  held_out: share of the calibration images kept out for that and for
     `batchnorm: auto`.  first_stage, halvings, dwell: of the way through several stages, see joined.schedule.
+    average: share of the stages, at the end, whose weights are averaged once the support stands still; with the
+    first-order term each stage is a noisy step, and the mean of many is a better point than the last.
     """
 
     ridges: tuple[float, ...] | list[float] = ()
@@ -37,7 +40,7 @@ class Options(gradients.Rows):
     first_stage: float = 0.1
     halvings: float | None = None
     dwell: float = 0.0
-
+    average: float = 0.0
 
     def way(self) -> tuple[float, float | None, float]:
         return self.first_stage, self.halvings, self.dwell
@@ -52,6 +55,7 @@ class Run:
     tell: Callable[[dict[str, Any]], None]
     walk: Callable[[Any, dict[str, Any]], list[dict]]  # (recipe, pattern of each site) -> entries of the report
     notes: list[str] = field(default_factory=list)
+    told: list[dict[str, Any]] = field(default_factory=list)  # what each stage did, for the report
 
     def weights(self) -> Tensor:
         named = parameters(self.model)
@@ -65,6 +69,37 @@ class Run:
         named = parameters(self.model)
         for s, w in zip(self.sites, self.split(flat), strict=True):
             s.write(named[s.parameter], w)
+
+
+    def budgets(self, pattern: Pattern, sparsity: float) -> list[int]:
+        """Weights kept per layer where the allocation is not simply the largest scores of the whole vector."""
+        if pattern.m or pattern.allocation == "magnitude":
+            return []
+        made = allocate(replace(pattern, sparsity=sparsity), self.split(self.weights()), kernels(self.sites))
+        return [p.budget or 0 for p in made]
+
+
+def kernels(found: list[Site]) -> list[tuple[int, ...]]:
+    return [s.conv.kernel if s.conv else () for s in found]
+
+
+class Mean:
+    """The mean of weight vectors that share their support; it starts anew where the support changes."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def add(self, w: Tensor) -> None:
+        if self.total is not None and torch.equal(self.total != 0, w != 0):
+            self.total, self.count = self.total + w.double(), self.count + 1
+        else:
+            self.total, self.count = w.double(), 1
+        self.dtype = w.dtype
+
+    def value(self) -> Tensor:
+        assert self.total is not None
+        return (self.total / self.count).to(self.dtype)
 
 
 def roles(recipe: Any) -> tuple[str | None, str | None, str | None]:
@@ -86,8 +121,8 @@ def prune(
     model: nn.Module, batches: list[Any], labels: list[Tensor | None], recipe: Any, units: list[Any],
     tell: Callable[[dict[str, Any]], None], walk: Callable[[Any, dict[str, Any]], list[dict]],
     fresh: Callable[[int], Any] | None, notes: list[str],
-) -> list[dict]:  # fmt: skip
-    """All stages of a recipe, in place; returns one entry of the report per site and appends to `notes`.
+) -> tuple[list[dict], list[dict]]:  # fmt: skip
+    """All stages of a recipe, in place; returns one entry of the report per site, and one per stage; adds to `notes`.
 
     walk(recipe, patterns): one run of the block walk.  fresh(t): batches of stage t, where the caller has new ones.
     """
@@ -101,7 +136,7 @@ def prune(
         given = list(fresh(t))
         return [b[0] if isinstance(b, (tuple, list)) else b for b in given], labels_of(given)
 
-    return stages(run, draw, recipe.seed)
+    return stages(run, draw, recipe.seed), run.told
 
 
 def check(recipe: Any) -> None:
@@ -110,12 +145,6 @@ def check(recipe: Any) -> None:
         raise ValueError(f"batchnorm {recipe.batchnorm}: choose one of {', '.join(batchnorm.CHOICES)}.")
     if recipe.schedule not in SCHEDULES:
         raise ValueError(f"schedule {recipe.schedule}: choose one of {', '.join(SCHEDULES)}.")
-    alone = "fisher" in roles(recipe) or recipe.batchnorm != "keep"
-    if alone and ranks.world_size() > 1:
-        raise ValueError(
-            f"gradients and batch-norm statistics are gathered by one process, found {ranks.world_size()}. "
-            "Start without `accelerate launch`, or use a layer-wise recipe."
-        )
     if "fisher" in roles(recipe)[:2] and recipe.refine:
         raise ValueError("refine works on layer-wise solves; with masks or solves from gradients set it to none.")
 
@@ -129,30 +158,40 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
     entries: list[dict] = []
     dense_outputs: list[Tensor] | None = None
     axes: list[int] | None = None
+    mean = Mean()
     for t, sparsity in enumerate(steps):
         batches, labels = draw(t)
         train, kept_out = hold_out(batches, labels, run.options.held_out if judged(recipe, run.options) else 0.0, seed)
         if kept_out[0] and kept_out[1][0] is None and dense_outputs is None:
             dense_outputs = outputs(run.model, kept_out[0])
         run.tell({"event": "stage", "text": f"stage {t + 1} of {len(steps)}: {100 * sparsity:.4g} % zeros"})
-        joined = Joined.of(pattern, shapes, sparsity)
+        joined = Joined.of(pattern, shapes, sparsity, run.budgets(pattern, sparsity))
         note = f"stage {t + 1} of {len(steps)}: {100 * sparsity:.4g} % zeros"
         fisher = None
+        told: dict[str, Any] = {"sparsity": sparsity}
         if "fisher" in roles(recipe):
-            clock = time.perf_counter()
+            clock, busy = time.perf_counter(), time.process_time()
             axes = axes or gradients.image_axis(run.model, run.sites, train[0][0])
-            order = shuffle(train, run.options, seed + t)
-            grads, kind = gradients.per_row(run.model, run.sites, *order, run.options, seed=seed + t, axes=axes)
+            sizes = shares(train[0], run.options)
+            mine = replace(run.options, rows=sizes[ranks.rank()])
+            order = shuffle(train, mine, seed + t)
+            grads, kind = gradients.per_row(run.model, run.sites, *order, mine, seed=seed + t, axes=axes)
             first = run.options.first_order
             if first and kind != "true":
                 raise ValueError(f"fisher.first_order: {kind} labels have none; it needs labelled images.")
             if first is None:
                 first = kind == "true" and run.options.minibatch > 1
             scale = 1 / run.options.minibatch if first else 0.0
-            fisher = Fisher(grads, run.weights(), [s.numel for s in run.sites], scale)
+            fisher = Fisher(
+                grads, run.weights(), [s.numel for s in run.sites], scale, total=_summed, n=sum(sizes),
+                rows=partial(ranks.gather_rows, sizes=sizes), start=sum(sizes[: ranks.rank()]),
+            )  # fmt: skip
             spent = time.perf_counter() - clock
-            note += f", {len(grads)} gradients of {run.options.minibatch} images, {kind} labels, {spent:.1f} s"
-        clock = time.perf_counter()
+            note += f", {fisher.n} gradients of {run.options.minibatch} images, {kind} labels, {spent:.1f} s"
+            told |= {"rows": fisher.n, "minibatch": run.options.minibatch, "labels": kind,
+                     "first_order": bool(first), "gradient_seconds": spent,
+                     "gradient_cpu_seconds": time.process_time() - busy, "ridge": ridge_of(recipe)}  # fmt: skip
+        clock, busy = time.perf_counter(), time.process_time()
         current = run.weights()
         ridges: list[float | None] = list(run.options.ridges) or [None]
         tried: list[tuple[float, float | None, Tensor]] = []
@@ -166,9 +205,20 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
             best = min((x for x in tried if x[0] == x[0]), key=lambda x: x[0])
             run.write(best[2])
             note += f", ridge {best[1]:g} by held-out loss ({losses})"
-        note += f", solved in {time.perf_counter() - clock:.1f} s"
-        note += settle_norms(run.model, recipe.batchnorm, train[0], kept_out, dense_outputs)
-        run.notes.append(note)
+            told |= {"ridge": best[1], "held_out_loss": best[0], "ridges": {f"{r:g}": v for v, r, _ in tried}}
+        told["solve_seconds"] = time.perf_counter() - clock
+        told["solve_cpu_seconds"] = time.process_time() - busy
+        note += f", solved in {told['solve_seconds']:.1f} s"
+        if len(steps) - t <= run.options.average * len(steps):
+            mean.add(run.weights())
+            if t + 1 == len(steps) and mean.count > 1:
+                run.write(mean.value())
+                note += f", weights averaged over the last {mean.count} stages"
+                told["averaged"] = mean.count
+        done = settle_norms(run.model, recipe.batchnorm, train[0], kept_out, dense_outputs)
+        told["batchnorm"] = done.removeprefix(", ") or "kept"
+        run.notes.append(note + done)
+        run.told.append(told)
         del fisher
     return finish(run, entries, original, str(pattern), time.perf_counter() - began)
 
@@ -197,7 +247,8 @@ def stage(run: Run, joined: Joined, fisher: Fisher | None, ridge: float | None, 
     elif solve_by != "none":
         given = {s.name: Given(m, str(joined.pattern)) for s, m in zip(run.sites, run.split(draft.mask), strict=True)}
         return run.walk(replace(recipe, mask={"method": "magnitude"}), given)
-    new = new * draft.mask
+    # what every process computed from the same sums may still differ in the last bit: rank 0 decides
+    new = _summed(new * draft.mask if ranks.is_main() else torch.zeros_like(new))
     if not bool(torch.isfinite(new).all()):
         raise ValueError("the solve gave weights that are not finite; raise the ridge or the number of gradients.")
     run.write(new)
@@ -211,8 +262,18 @@ def layer_patterns(run: Run, joined: Joined, current: Tensor) -> dict[str, Any]:
         keep = max(pattern.n, min(pattern.m - 1, int(-(-(1 - joined.sparsity) * pattern.m // 1))))
         made = [replace(pattern, n=keep)] * len(run.sites)
     else:
-        made = allocate(replace(pattern, sparsity=joined.sparsity), run.split(current))
+        made = allocate(replace(pattern, sparsity=joined.sparsity), run.split(current), kernels(run.sites))
     return {s.name: p for s, p in zip(run.sites, made, strict=True)}
+
+
+def ridge_of(recipe: Any) -> float | None:
+    """The ridge of the method that works on the gradients, its default included; None for one that has none."""
+    for kind, role in (("solve", recipe.solve), ("select", recipe.mask)):
+        if role and methods.evidence(role["method"]) == "fisher":
+            known = methods.options(kind, role["method"]) | role
+            if known.get("ridge") is not None:
+                return float(known["ridge"])
+    return None
 
 
 def call(kind: str, role: dict[str, Any], *problem: Any, ridge: float | None) -> Any:
@@ -275,6 +336,33 @@ def shuffle(
     return pick(*data, order[: options.rows * options.minibatch] if options.rows else order)
 
 
+def shares(batches: list[Any], options: Options) -> list[int]:
+    """Rows that each process contributes, from the images it has: together `options.rows`, as evenly as they allow.
+
+    Raises ValueError, on every process alike, where there are too few images.
+    """
+    images = sum(len(_tensors(b)[0]) for b in batches)
+    most = [int(k) // options.minibatch for k in ranks.gather(images)]
+    wanted = sum(most) if options.rows is None else options.rows
+    taken = [0] * len(most)
+    for r in sorted(range(len(most)), key=lambda r: most[r]):  # those with the fewest images first
+        open_ = sum(1 for r_ in range(len(most)) if (most[r_], r_) >= (most[r], r))
+        taken[r] = min(most[r], -(-(wanted - sum(taken)) // open_))
+    if sum(taken) < wanted or min(taken) < 2:
+        raise ValueError(
+            f"fisher: {options.rows or 'any'} rows of {options.minibatch} images need at least "
+            f"{(options.rows or 2 * len(most)) * options.minibatch} images, found "
+            f"{' + '.join(str(k) for k in ranks.gather(images))}. Raise samples or lower fisher.rows."
+        )
+    return taken
+
+
+def _summed(t: Tensor) -> Tensor:
+    t = t.clone()
+    ranks.sum_([t])
+    return t
+
+
 def outputs(model: nn.Module, batches: list[Any]) -> list[Tensor]:
     with quiet(model), torch.no_grad():
         return [gradients.logits_of(feed(model, b)).clone() for b in batches]
@@ -299,7 +387,7 @@ def held_loss(model: nn.Module, kept_out: tuple[list[Any], list[Tensor | None]],
             one = (z - dense[i]).double().square().sum() / dense[i].double().square().mean()
         total += float(one)
         count += len(z)
-    value = total / max(1, count)
+    value = ranks.agree(total) / max(1.0, ranks.agree(float(count)))
     return value if value == value else float("inf")
 
 

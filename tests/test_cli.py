@@ -23,7 +23,7 @@ from hf_prune.card import slug
 ROOT = Path(__file__).resolve().parent.parent
 
 FLAGS = """
---nm --sparsity --scope --skip --only --prune-stem --prune-head
+--nm --sparsity --scope --allocation --skip --only --prune-stem --prune-head
 --recipe --set --permute --seed --device --dtype
 --dataset --config --split --image-column --label-column --samples --batch-size
 --eval-dataset --eval-split --eval-samples --no-eval

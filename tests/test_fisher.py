@@ -1,9 +1,12 @@
 """The quadratic model of the loss and the methods on it, against closed forms and brute force."""
 
 import itertools
+import os
+import socket
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import nn
 
 import hf_prune
@@ -335,6 +338,43 @@ def test_runs_repeat_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("mask", ["magnitude", "chita", "wanda"])
+@pytest.mark.parametrize("allocation", ["lamp", "erk"])
+def test_any_mask_takes_the_budgets_of_an_allocation(mask, allocation):
+    model = net()
+    report = hf_prune.prune(model, data(), {"mask": mask, "solve": "none", "sparsity": 0.8, "scope": "model",
+                                            "allocation": allocation, "stages": 2})  # fmt: skip
+    rows = [r for r in report.layers if r["pattern"]]
+    assert sum(r["kept"] for r in rows) == int(0.2 * sum(r["total"] for r in rows))
+    assert all(r["pattern"] == f"80% (model, {allocation})" for r in rows)
+
+
+def test_the_mean_of_the_last_stages_starts_anew_with_the_support():
+    mean = staged.Mean()
+    for w in ([5.0, 0.0, 1.0], [1.0, 2.0, 0.0], [3.0, 4.0, 0.0]):
+        mean.add(torch.tensor(w))
+    assert mean.count == 2 and mean.value().tolist() == [2.0, 3.0, 0.0]
+    keys = {"mask": "chita", "solve": "none", "sparsity": 0.7, "scope": "model", "stages": 6}
+    way = {"labels": "true", "dwell": 0.7}
+    last, averaged = net(), net()
+    hf_prune.prune(last, data(), keys | {"fisher": way})
+    report = hf_prune.prune(averaged, data(), keys | {"fisher": way | {"average": 0.5}})
+    assert report.stages[-1]["averaged"] == 3
+    for a, b in zip(last.parameters(), averaged.parameters(), strict=True):
+        assert torch.equal(a != 0, b != 0), "the support is that of the last stage"
+
+
+def test_the_report_says_how_every_stage_was_made():
+    report = hf_prune.prune(net(), data(), "chita-plus-plus", stages=2, sparsity=0.7)
+    assert [round(s["sparsity"], 3) for s in report.stages] == [0.1, 0.7]
+    for stage in report.stages:
+        assert stage["labels"] == "true" and stage["rows"] == 38 and stage["first_order"] is False
+        assert stage["ridge"] in (1e-3, 1e-2, 1e-1) and stage["held_out_loss"] == stage["ridges"][f"{stage['ridge']:g}"]
+        assert "held-out loss" in stage["batchnorm"]
+    report = hf_prune.prune(net(), data(labels=False), {"mask": "cbs", "solve": "none", "sparsity": 0.7})
+    assert report.stages[0]["labels"] == "sampled" and report.stages[0]["ridge"] == 1e-4
+
+
 def test_a_null_direction_moves_no_weight():
     """LayerNorm makes the loss blind to a common shift of the rows before it; the refit must not wander along it."""
     model = net()
@@ -392,10 +432,53 @@ def test_mistakes_are_explained(keys, part):
         hf_prune.prune(net(), data(), {"sparsity": 0.5, **keys})
 
 
-def test_several_processes_are_refused_and_not_run_apart(monkeypatch):
-    monkeypatch.setattr(staged.ranks, "world_size", lambda: 2)
-    with pytest.raises(ValueError, match="by one process, found 2"):
-        hf_prune.prune(net(), data(), "chita", sparsity=0.5)
+def one_rank(rank, size, port, folder, recipe):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    for name, keys in recipe.items():
+        model = net()
+        hf_prune.prune(model, data()[rank::size], keys)
+        torch.save(model.state_dict(), f"{folder}/{name}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+RANKED = {
+    name: {"mask": name, "solve": "none", "sparsity": 0.6, "scope": "model", "fisher": {"labels": "true"}}
+    for name in ("chita", "obd", "woodfisher", "mfac", "cbs")
+} | {
+    f"chita, {support}": {"mask": {"method": "chita", "support": support, "ridge": 0.1}, "solve": "none",
+                          "sparsity": 0.6, "batchnorm": "renew", "fisher": {"labels": "true"}}
+    for support in ("iht", "cost")
+}  # fmt: skip
+
+
+def test_two_ranks_give_the_same_model_as_one(tmp_path):
+    """Uneven shares of the images, two batches and one: the rows of A meet in another order, and nothing else."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(one_rank, (2, port, str(tmp_path), RANKED), nprocs=2)
+    for name, keys in RANKED.items():
+        first, second = (torch.load(tmp_path / f"{name}-{r}.pt") for r in range(2))
+        assert all(torch.equal(first[k], second[k]) for k in first), f"{name}: the ranks hold different models"
+        model = net()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        hf_prune.prune(model, data(), keys)
+        for key, w in model.state_dict().items():
+            assert torch.equal(w != 0, first[key] != 0), f"{name}, {key}: the masks differ"
+            torch.testing.assert_close(w, first[key], rtol=1e-3, atol=1e-5, msg=f"{name}, {key}")
+        assert any(not torch.equal(w, before[key]) for key, w in model.state_dict().items())
+
+
+def test_rows_are_shared_as_evenly_as_the_images_allow(monkeypatch):
+    options = staged.Options(rows=20, minibatch=2)
+    for counts, taken in (([100, 100], [10, 10]), ([8, 100, 100], [4, 8, 8]), ([100], [20])):
+        monkeypatch.setattr(staged.ranks, "gather", lambda value, counts=counts: counts)
+        assert staged.shares([torch.zeros(4, 1)], options) == taken
+    monkeypatch.setattr(staged.ranks, "gather", lambda value: [8, 8])
+    with pytest.raises(ValueError, match="20 rows of 2 images need at least 40 images, found 8 . 8"):
+        staged.shares([torch.zeros(4, 1)], options)
 
 
 def test_the_draft_is_zero_off_the_mask():

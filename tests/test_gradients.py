@@ -37,7 +37,15 @@ def convolutions() -> nn.Module:
     )  # fmt: skip
 
 
-MODELS = {"convolutions": convolutions, "tokens": Tokens}
+def slides() -> nn.Module:
+    """Kernels, strides, paddings and dilations that differ between height and width."""
+    return nn.Sequential(
+        nn.Conv2d(3, 5, (3, 1), (2, 1), (1, 0)), nn.ReLU(), nn.Conv2d(5, 7, (2, 3), (1, 3), (0, 2), dilation=(1, 2)),
+        nn.GELU(), nn.Conv2d(7, 4, 3, padding=2, dilation=2), nn.Flatten(), nn.Linear(36, 5),
+    )  # fmt: skip
+
+
+MODELS = {"convolutions": convolutions, "tokens": Tokens, "slides": slides}
 
 
 def one_by_one(model, found, x, y):
@@ -61,6 +69,27 @@ def test_equal_to_one_backward_per_image(name, minibatch):
     assert kind == "true" and a.shape == expected.shape
     torch.testing.assert_close(a.double(), expected, rtol=1e-4, atol=1e-6)
     assert all(p.grad is not None and p.requires_grad for n, p in model.named_parameters() if "weight" in n)
+
+
+def test_few_columns_at_a_time_change_nothing(monkeypatch):
+    model, x, y = slides().eval(), torch.randn(10, 3, 8, 8), torch.randint(0, 5, (10,))
+    found = sites.find(model, x[:2]).sites
+    whole, _ = gradients.per_row(model, found, [x], [y], Rows(minibatch=2), seed=0)
+    monkeypatch.setattr(gradients, "COLUMNS", 1)
+    small, _ = gradients.per_row(model, found, [x], [y], Rows(minibatch=2), seed=0)
+    torch.testing.assert_close(small, whole)
+
+
+def test_bfloat16_gives_nearly_the_same_gradients_and_leaves_the_model_alone():
+    model, x, y = convolutions().eval(), torch.randn(10, 3, 8, 8), torch.randint(0, 5, (10,))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = sites.find(model, x[:2]).sites
+    exact, _ = gradients.per_row(model, found, [x], [y], Rows(), seed=0)
+    low, _ = gradients.per_row(model, found, [x], [y], Rows(dtype="bfloat16"), seed=0)
+    assert low.dtype == torch.float32 and 1e-5 < float((low - exact).norm() / exact.norm()) < 0.05
+    assert all(torch.equal(v, before[k]) and v.dtype == before[k].dtype for k, v in model.state_dict().items())
+    with pytest.raises(ValueError, match="fisher.dtype half: choose one of float32, bfloat16"):
+        Rows(dtype="half")
 
 
 def test_chunks_and_spilling_change_nothing():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_prune.pattern import Pattern, allocate
+from hf_prune.pattern import Pattern, allocate, lamp
 
 QUICK = settings(max_examples=60, deadline=None)
 
@@ -78,6 +78,46 @@ def test_scope_model_keeps_exactly_the_models_share_however_many_ties(sparsity, 
     dropped = torch.cat([w[~m] for w, m in zip(weights, masks, strict=True)])
     if min(p.budget for p in patterns) > 1:  # no layer was saved from losing everything
         assert kept.min() >= dropped.max(), "one threshold serves the whole model"
+
+
+def test_lamp_is_its_definition_and_one_threshold_serves_the_model():
+    generator = torch.Generator().manual_seed(0)
+    weights = [scale * torch.randn(1, *shape, generator=generator).double() for scale, shape in
+               ((1.0, (4, 6)), (0.01, (5, 8)), (3.0, (2, 3)))]  # fmt: skip
+    scores = []
+    for w in weights:
+        flat = w.flatten()
+        scores.append(torch.stack([u * u / sum(v * v for v in flat if v * v >= u * u) for u in flat]))
+        torch.testing.assert_close(lamp(w).flatten(), scores[-1])
+        assert float(scores[-1].max()) == 1.0, "the largest weight of a layer is the last to go"
+    keep = math.floor(0.3 * 70 + 1e-9)
+    threshold = torch.cat(scores).sort(descending=True).values[keep - 1]
+    patterns = allocate(Pattern.unstructured(0.7, "model", "lamp"), weights)
+    assert [p.budget for p in patterns] == [int((s >= threshold).sum()) for s in scores]
+    plain = allocate(Pattern.unstructured(0.7, "model"), weights)
+    assert plain[1].budget == 1 < patterns[1].budget, "scale does not decide"
+
+
+def test_erk_follows_its_formula_and_caps_at_dense():
+    shapes, kernels = [(1, 64, 9 * 32), (1, 10, 64), (32, 1, 9), (1, 128, 64)], [(3, 3), (), (3, 3), (1, 1)]
+    weights = [torch.randn(s) for s in shapes]
+    sizes = [w.numel() for w in weights]
+    raw = [(32 + 64 + 6) / (64 * 32 * 9), (64 + 10) / 640, (1 + 32 + 6) / 288, (64 + 128 + 2) / 8192]
+    for sparsity in (0.5, 0.8, 0.95):
+        budgets = [p.budget for p in allocate(Pattern.unstructured(sparsity, "model", "erk"), weights, kernels)]
+        assert sum(budgets) == math.floor((1 - sparsity) * sum(sizes) + 1e-9)
+        free = [i for i, (b, s) in enumerate(zip(budgets, sizes, strict=True)) if b < s]
+        shares = [budgets[i] / sizes[i] / raw[i] for i in free]
+        assert max(shares) / min(shares) < 1.02, "densities are proportional to the formula"
+        assert all(b <= s for b, s in zip(budgets, sizes, strict=True))
+    assert len(free) == 4, "at 95 % nothing is capped"
+
+
+def test_an_allocation_without_a_model_is_refused():
+    with pytest.raises(ValueError, match="choose one of magnitude, lamp, erk"):
+        Pattern.unstructured(0.5, "model", "even")
+    with pytest.raises(ValueError, match="Add --sparsity S and --scope model"):
+        Pattern.unstructured(0.5, "layer", "lamp")
 
 
 def test_nan_and_infinite_scores_are_refused():

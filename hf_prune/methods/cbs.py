@@ -38,7 +38,7 @@ def select(
     mask = pattern.mask(weight.abs())
     assert isinstance(pattern, Joined)
     cells = pattern.cells().to(weight.device)
-    squares = (fisher.grads.square().sum(0).double() / fisher.n + ridge) * weight.double().square()
+    squares = (fisher.squares().double() / fisher.n + ridge) * weight.double().square()
     value = damage(fisher, mask)
     count = batch
     for _ in range(swaps):

@@ -77,7 +77,7 @@ def line_search(fisher: Fisher, pattern: Pattern, w: Tensor, g: Tensor, pieces: 
             tau * 2.0 ** (k / (pieces // 2)) for k in range(-pieces // 2 + 1, pieces // 2) if k]  # fmt: skip
         trial = torch.stack([z * pattern.mask(z.abs()) for z in (w - t * g for t in steps)])  # (pieces, p)
         d = trial - fisher.weight
-        r = d.to(fisher.grads.dtype) @ fisher.grads.mT + fisher.first
+        r = fisher.times(d.mT).mT + fisher.first
         q = 0.5 * r.double().square().sum(1) + 0.5 * fisher.n * fisher.ridge * d.double().square().sum(1)
         best = int(q.argmin())
         if float(q[best]) < value:
@@ -160,9 +160,8 @@ def gains(fisher: Fisher, w: Tensor, mask: Tensor, block: int | str | None) -> T
     for where in fisher.blocks(block):
         q = fisher.leverage(mask, where)
         d = w[where] - fisher.weight[where]
-        a = fisher.grads[:, where]
-        r = a @ d.to(a.dtype) + fisher.first
-        g = (r @ a).double() + nl * d.double()
+        r = fisher.times(d, where) + fisher.first
+        g = fisher.back(r, where).double() + nl * d.double()
         out.append(g.square() / (nl * nl * (1 + q)))
     return torch.where(mask, 0.0, torch.cat(out)).to(w.dtype)
 
@@ -234,7 +233,6 @@ def blocked_value(fisher: Fisher, w: Tensor, block: int | str | None) -> float:
     nl, total = fisher.n * fisher.ridge, 0.0
     for where in fisher.blocks(block):
         d = w[where] - fisher.weight[where]
-        a = fisher.grads[:, where]
-        r = (a @ d.to(a.dtype)).double() + fisher.first
+        r = fisher.times(d, where).double() + fisher.first
         total += float(0.5 * r.square().sum() + 0.5 * nl * d.double().square().sum())
     return total

@@ -10,6 +10,6 @@ EVIDENCE = "fisher"
 def select(problem: Problem) -> Draft:
     """h_ii is the diagonal of the empirical Fisher matrix instead of the Hessian's, so that it is never negative."""
     fisher = problem.objective
-    curvature = fisher.grads.square().sum(0) / fisher.n
+    curvature = fisher.squares() / fisher.n
     mask = problem.pattern.mask(problem.weight.square() * curvature.to(problem.weight.dtype))
     return Draft(problem.weight * mask, mask)

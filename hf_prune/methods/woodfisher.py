@@ -28,8 +28,7 @@ def select(problem: Problem, *, ridge: float = 1e-4, block: int | str | None = 5
             f"woodfisher.block {block}: the inverses would hold {total:.3g} numbers. Use smaller blocks, or mfac."
         )
     for where in blocks:
-        a = fisher.grads[:, where].double()
-        h = a.mT @ a / fisher.n
+        h = fisher.inner(where) / fisher.n
         h.diagonal().add_(ridge)
         inverse = torch.cholesky_inverse(cholesky(h, "a Fisher block"))
         diagonal[where] = inverse.diagonal()
