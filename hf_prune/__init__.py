@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from .compress import load
     from .loop import Recipe, Report
     from .pattern import Pattern
+    from .semi_structured import to_semi_structured
 
 __version__ = "0.1.0"
-__all__ = ["Pattern", "Recipe", "Report", "load", "prune", "__version__"]
+__all__ = ["Pattern", "Recipe", "Report", "load", "prune", "to_semi_structured", "__version__"]
 
-_HOME = {"Pattern": "pattern", "Recipe": "loop", "Report": "loop", "load": "compress"}
+_HOME = {"Pattern": "pattern", "Recipe": "loop", "Report": "loop", "load": "compress",
+         "to_semi_structured": "semi_structured"}  # fmt: skip
 
 
 def prune(

@@ -40,6 +40,8 @@ def render(report: Mapping[str, Any], *, name: str | None = None) -> str:
         snippet=_snippet(report, title),
         results=_results(report),
         pictures=_pictures(report),
+        speed_words=_speed_words(report),
+        speed=_speed(report),
         fence=_fence(command + "\n" + recipe),
         command=command,
         recipe_words=_recipe_words(report["recipe"]),
@@ -125,6 +127,35 @@ def _weights_words(layers: Sequence[Mapping[str, Any]]) -> str:
         f"{len(pruned)} of {len(layers)} weight tensors follow it; {zeros:.1f} % of their {total:,} entries are zero, "
         f"each tensor was checked against the pattern before it was written."
     )
+
+
+def _speed_words(report: Mapping[str, Any]) -> str:
+    speed = report.get("speed")
+    if not speed:
+        return "No inference speed was measured."
+    if not speed["chosen"]:
+        return f"Timed on {_prose(speed['device'])}: no gain from 2:4 there."
+    return f"Timed on {_prose(speed['device'])}: see below."
+
+
+def _speed(report: Mapping[str, Any]) -> str:
+    """The section of `hf-prune bench`; empty where nothing was timed."""
+    speed = report.get("speed")
+    if not speed:
+        return ""
+    rows = [
+        (str(w["batch"]), f"{1e3 * w['dense']:.2f}", f"{1e3 * w['sparse']:.2f}", f"{w['dense'] / w['sparse']:.2f}")
+        for w in speed["whole"]
+    ]
+    timed = len({layer["name"] for layer in speed["layers"]})
+    said = (
+        f"On {_prose(speed['device'])}, {_prose(speed['dtype'])}, torch {_prose(speed['torch'])}: of {timed} linear "
+        f"layers {len(speed['chosen'])} are faster as 2:4 (`torch.sparse.to_sparse_semi_structured`)"
+    )
+    if not speed["chosen"]:
+        return f"### Speed\n\n{said}; the model is best left dense there."
+    table = _table(("batch", "dense, ms", "2:4 layers, ms", "ratio"), rows)
+    return f"### Speed\n\n{said}; with these sparse and the others dense the whole model took\n\n{table}"
 
 
 def _stored_words(report: Mapping[str, Any]) -> str:
@@ -331,8 +362,10 @@ def _limits(report: Mapping[str, Any]) -> list[str]:
     found = []
     if re.fullmatch(r"\d+:\d+", report["pattern"]):
         how = "packed, dense in memory" if (report.get("compressed") or {}).get("only") else "dense"
+        speed = report.get("speed")
+        timed = f"speed was measured on {_prose(speed['device'])} alone" if speed else "no inference speed was measured"
         found.append(
-            f"{report['pattern']} stored {how}; no inference speed was measured. On a CPU there is none to gain; on a "
+            f"{report['pattern']} stored {how}; {timed}. On a CPU there is none to gain; on a "
             "GPU it needs kernels for the pattern, and whether they pay depends on the shapes and the batch."
         )
     else:

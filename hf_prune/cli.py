@@ -45,6 +45,7 @@ COMMANDS = {
     "eval": "hf_prune.eval",
     "compare": "hf_prune.compare",
     "report": "hf_prune.page",
+    "bench": "hf_prune.bench",
 }
 
 EXAMPLES = """\
@@ -53,8 +54,8 @@ examples:
   hf-prune ./my-model --sparsity 0.7 --dataset ./images --output-dir out
 
 commands (hf-prune COMMAND --help):
-  demo, plan, eval, compare, report, push, verify, inspect, convert, limit,
-  train
+  demo, plan, bench, eval, compare, report, push, verify, inspect, convert,
+  limit, train
 A recipe (--recipe FILE) holds the same keys as these flags; flags win.
 """
 

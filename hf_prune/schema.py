@@ -81,6 +81,14 @@ LATER: Keys = {
         ),
         'null, or {"file": name, "only": true or false}',
     ),
+    "speed": (
+        lambda value: (
+            value is None
+            or (_mapping(value) and all(_text(value.get(k)) for k in ("device", "torch", "dtype"))
+                and all(_list(value.get(k)) for k in ("layers", "chosen", "whole")))
+        ),
+        'null, or {"device", "torch", "dtype", "layers", "chosen", "whole"}',
+    ),
     "permutation": (
         lambda value: value is None or (_mapping(value) and _text(value.get("score")) and _list(value.get("groups"))),
         'null, or {"score": name, "groups": list}',

@@ -35,6 +35,7 @@ MODEL = {
     "permute",
     "cost",
     "similarity",
+    "semi_structured",
 }
 EDGE = {
     "__init__",
@@ -72,6 +73,7 @@ EDGE = {
     "training_data",
     "training_card",
     "forecast",
+    "bench",
 }
 HUGGING_FACE = {"transformers", "timm", "datasets", "evaluate", "accelerate", "huggingface_hub"}
 # Third parties. EDGE may use what pyproject.toml lists.
