@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+import vision
 from torch import nn
 
 import hf_prune
-import vision
 
 onnx = pytest.importorskip("onnx", reason="the export needs onnx, onnxscript and onnxruntime (pip install hf-prune[dev])")
 pytest.importorskip("onnxscript", reason="torch's exporter needs onnxscript")
