@@ -73,9 +73,11 @@ def seconds(
             tell("timing the influence of samples")
             importance(model, every, [few], target.importance, target.metric, seed=recipe.seed)
             started = time.perf_counter()
-            found, metrics = importance(model, every, [many], target.importance, target.metric, seed=recipe.seed)
+            found = importance(model, every, [many], target.importance, target.metric, seed=recipe.seed)
+            metrics = found.metrics
             per_image += (time.perf_counter() - started) / images[1]
-            weights = [importance(model, every, [few], target.importance, 0.0, seed=recipe.seed)[0][0], found[0]]
+            one = importance(model, every, [few], target.importance, 0.0, seed=recipe.seed)
+            weights = [one.weights[0], found.weights[0]]
         if recipe.permute != "none" and recipe.pattern().m:
             tell("timing the order of channels")
             fixed += _permuting(model, batch, every, chosen.patterns, recipe, forward, samples)

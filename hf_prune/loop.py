@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import methods, permute, ranks, resume, sites, staged, walk
+from . import allocation, methods, permute, ranks, resume, sites, staged, walk
 from .collect import Pair, Target, find_junctions, grams, holding
 from .importance import Key, Metric, importance
 from .linalg import exact_matmul
@@ -36,7 +36,7 @@ class Recipe:
     nm: str | None = None
     sparsity: float | None = None
     scope: str = "layer"
-    allocation: str = "magnitude"  # of scope `model`: magnitude, lamp or erk share the zeros among the layers
+    allocation: str = "magnitude"  # how the layers of scope `model` share the zeros: pattern.ALLOCATIONS
     mask: dict[str, Any] = field(default_factory=lambda: {"method": "obs"})
     solve: dict[str, Any] | None = field(default_factory=lambda: {"method": "least_squares"})
     refine: dict[str, Any] | None = None
@@ -255,9 +255,17 @@ def run(
     if "gram" in evidence(recipe) and (target.importance > 0 or target.metric > 0):
         tell({"event": "stage", "text": "weighing samples by their influence on the output"})
         every = [s for u in chosen.units for s in u.sites]
-        weights, metrics = importance(model, every, batches, target.importance, target.metric, seed=recipe.seed)
-        for pair, w in zip(pairs, weights, strict=True):
+        found = importance(model, every, batches, target.importance, target.metric, seed=recipe.seed)
+        metrics = found.metrics
+        for pair, w in zip(pairs, found.weights, strict=True):
             pair.weights = w
+        if recipe.allocation == "influence":
+            few = batches[: max(1, 64 // len(sites._tensors(batches[0])[0]))]  # its budgets need few images
+            chosen = replace(chosen, patterns=allocation.influence(model, every, few, chosen.patterns, found))
+    elif recipe.allocation == "influence":
+        raise ValueError(
+            "--allocation influence: needs target.importance above 0 and a mask or solve that reads calibration images."
+        )
     small = way.enter([chosen.small])[0]
     del batches
     dense: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 SCOPES = ("row", "layer", "model")
-ALLOCATIONS = ("magnitude", "lamp", "erk")  # how scope `model` shares the zeros among layers, see `allocate`
+ALLOCATIONS = ("magnitude", "lamp", "erk", "influence")  # how the layers of scope `model` share the zeros
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ MODEL = {
     "window",
     "resume",
     "importance",
+    "allocation",
     "limit",
     "curvature",
     "masks",

@@ -7,7 +7,7 @@ from torch import nn
 
 import hf_prune
 
-onnx = pytest.importorskip("onnx", reason="the export needs onnx, onnxscript and onnxruntime (pip install hf-prune[dev])")
+onnx = pytest.importorskip("onnx", reason="the export needs onnx, onnxscript and onnxruntime (the extra dev)")
 pytest.importorskip("onnxscript", reason="torch's exporter needs onnxscript")
 runtime = pytest.importorskip("onnxruntime", reason="the exported model is run with onnxruntime")
 
