@@ -151,16 +151,21 @@ def limit(
     if not batches:
         raise ValueError("no calibration batch was given; at least one image is needed.")
     with linalg.exact_matmul():
-        images = _targets(model, batches)
-        judged = _targets(model, held) if ranks.agree(float(len(held))) else None
         base = replace(recipe or loop.Recipe(), nm=None, sparsity=0.5, scope="model")
-        chosen = loop.choose(model, sites.cut(images.batches[0], 0, 2), base)
-        found = [s for u in chosen.units for s in u.sites]
-        task = Task(model, found, images, options.memory * 2**30)
-        return _Work(model, task, images, judged, options, told, base, refit, batches).study()
+        task = task_of(model, batches, base, options.memory * 2**30)
+        judged = targets(model, held) if ranks.agree(float(len(held))) else None
+        return _Work(model, task, judged, options, told, base, refit, batches).study()
 
 
-def _targets(model: nn.Module, batches: list[Any]) -> Images:
+def task_of(model: nn.Module, batches: list[Any], recipe: loop.Recipe, memory: float) -> Task:
+    """The loss on `batches` over the weights that `recipe` would prune without a pattern.  memory: bytes for graphs."""
+    images = targets(model, batches)
+    chosen = loop.choose(model, sites.cut(images.batches[0], 0, 2), replace(recipe, nm=None, sparsity=0.5))
+    return Task(model, [s for u in chosen.units for s in u.sites], images, memory)
+
+
+def targets(model: nn.Module, batches: list[Any]) -> Images:
+    """Batches, or (input, labels) pairs, with what the loss compares the outputs with."""
     inputs = [b[0] if isinstance(b, (tuple, list)) else b for b in batches]
     labels = [b[1] if isinstance(b, (tuple, list)) and len(b) > 1 else None for b in batches]
     return prepare(model, inputs, labels)
@@ -170,10 +175,10 @@ class _Work:
     """One study on its way: each method fills in a part of it."""
 
     def __init__(
-        self, model: nn.Module, task: Task, images: Images, judged: Images | None, options: Options, tell: Tell,
-        base: loop.Recipe, refit: loop.Recipe | None, batches: list[Any],
+        self, model: nn.Module, task: Task, judged: Images | None, options: Options, tell: Tell, base: loop.Recipe,
+        refit: loop.Recipe | None, batches: list[Any],
     ) -> None:  # fmt: skip
-        self.model, self.task, self.images, self.judged = model, task, images, judged
+        self.model, self.task, self.images, self.judged = model, task, task.images, judged
         self.options, self.tell, self.base, self.refit, self.batches = options, tell, base, refit, batches
         self.clock = Clock(options.seconds)
         self.weights = task.weights
@@ -181,7 +186,7 @@ class _Work:
         self.order = self.weights.abs().argsort()
         self.notes: list[str] = []
         self.runs: dict[str, Any] = {}
-        self.dense = measure(model, images)
+        self.dense = measure(model, task.images)
         self.eps = self.tolerances()
         self.measured = Curve(lambda s: self.rise(self.zeroed(s)))
         self.gradient: Tensor | None = None

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from hf_prune import limit, loop
-from hf_prune.curvature import Task, measure, prepare
+from hf_prune.curvature import measure
 from hf_prune.spectrum import Lanczos, Removal, bounds, fixed_point, from_trace, kept, mean_curvature, probe
 
 
@@ -183,10 +183,8 @@ def trained(model, batches, steps=150, l1=0.0):
 ALL = loop.Recipe(prune_head=True, prune_stem=True)
 
 
-def task_of(model, batches, recipe=ALL, memory=2.0**30):
-    images = prepare(model, [b[0] for b in batches], [b[1] for b in batches])
-    chosen = loop.choose(model, images.batches[0][:2], loop.Recipe(sparsity=0.5, prune_head=recipe.prune_head))
-    return Task(model, [s for u in chosen.units for s in u.sites], images, memory)
+def task_of(model, batches, memory=2.0**30):
+    return limit.task_of(model, batches, ALL, memory)
 
 
 def dense_matrix(task, kind):
