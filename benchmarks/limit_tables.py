@@ -83,15 +83,19 @@ NETS = {
 
 
 def train(net: nn.Module, x: Tensor, y: Tensor, l1: float, epochs: int, seed: int) -> nn.Module:
-    """Adam with a cosine schedule on cross-entropy + l1 * sum of |w| over the weights that will be pruned."""
+    """Adam with a cosine schedule on cross-entropy + l1 * sum of |w| over the weights that will be pruned.
+
+    l1 rises from 0 over the first half: given at once, it kills deep networks before they learn anything.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = [p for p in net.parameters() if p.dim() > 1]
     best = torch.optim.Adam(net.parameters(), lr=5e-3)
     rounds = math.ceil(len(x) / 128)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(best, epochs * rounds)
-    for _ in range(epochs):
+    for epoch in range(epochs):
+        now = l1 * min(1.0, 2 * epoch / epochs)
         for part in torch.randperm(len(x), generator=generator).split(128):
-            loss = F.cross_entropy(net(x[part]), y[part]) + l1 * sum(w.abs().sum() for w in weights)
+            loss = F.cross_entropy(net(x[part]), y[part]) + now * sum(w.abs().sum() for w in weights)
             best.zero_grad()
             loss.backward()
             best.step()
@@ -116,7 +120,8 @@ def digits(args: argparse.Namespace) -> None:
                     continue
                 torch.manual_seed(seed)
                 began = time.process_time()
-                net = train(make(), *train_set, l1, args.epochs, seed)
+                epochs = args.epochs if name.startswith("FC") else args.epochs // 3
+                net = train(make(), *train_set, l1, epochs, seed)
                 options = limit.Options(probes=16, steps=32, seed=seed, nm=None)
                 study = limit.limit(net, paired(*train_set, 500), paired(*test, 500), recipe=WHOLE, options=options)
                 rows = rows_of(study)
@@ -264,13 +269,123 @@ def cost(args: argparse.Namespace) -> None:
         save("cost", out)
 
 
+# --------------------------------------------------------------------------------------------------------------- docs
+def line(*cells: Any) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def interval(row: dict[str, Any]) -> str:
+    found = row["gauss_newton"]
+    return "" if found is None else f"{found[0]:.3f} to {found[1]:.3f}"
+
+
+def eps_of(row: dict[str, Any]) -> str:
+    return f"auto {row['value']:.3f}" if row["eps"] == "auto" else row["eps"]
+
+
+def head(*cells: str) -> list[str]:
+    return [line(*cells), "|" + "---|" * len(cells)]
+
+
+def digits_table(told: list[dict[str, Any]]) -> list[str]:
+    out = head("network", "L1", "seeds", "accuracy %", "zeroing, measured", "quadratic", "trace", "spectral \\|H\\|",
+               "Gauss-Newton", "largest gap, 6 rows")  # fmt: skip
+    for name, l1 in dict.fromkeys((o["net"], o["l1"]) for o in told):
+        nets = [o for o in told if (o["net"], o["l1"]) == (name, l1)]
+        at = [next(row for row in o["rows"] if row["eps"] == "0.05") for o in nets]
+
+        def mean(key: str, at: list[Any] = at) -> str:
+            return share(sum(row[key] for row in at) / len(at))
+
+        newton = {"gauss_newton": [sum(row["gauss_newton"][i] for row in at) / len(at) for i in (0, 1)]}
+        gap = max(abs(row["spectral"] - row["measured"]) for o in nets for row in o["rows"])
+        accuracy = 100 * sum(o["accuracy"] for o in nets) / len(nets)
+        out.append(line(f"{name} ({nets[0]['weights']:,} weights)", f"{l1:g}", len(nets), f"{accuracy:.1f}",
+                        mean("measured"), mean("quadratic"), mean("trace"), mean("spectral"), interval(newton),
+                        f"{gap:.3f}"))  # fmt: skip
+    return out
+
+
+def mlpnet_tables(told: dict[str, Any]) -> list[str]:
+    out = head("sparsity", *(f"{float(s):g}" for s in told["magnitude"]))
+    out.append(line("published", *(f"{v:.2f}" for v in MAGNITUDE.values())))
+    out.append(line("here", *(f"{v:.2f}" for v in told["magnitude"].values())))
+    out += ["", *head("eps", "zeroing, measured", "held-out accuracy %", "quadratic", "trace", "spectral \\|H\\|",
+                      "Gauss-Newton")]  # fmt: skip
+    for row in told["rows"]:
+        out.append(line(eps_of(row), share(row["measured"]), f"{100 * row['held_out']:.2f}", share(row["quadratic"]),
+                        share(row["trace"]), f"{row['spectral']:.3f} ± {row['spectral_uncertainty']:.3f}",
+                        interval(row)))  # fmt: skip
+    refits = told["refits"]
+    out += ["", *head("eps", "sparsity (spectral estimate)",
+                      *(f"{name}: rise of the loss, accuracy %" for name in refits))]  # fmt: skip
+    for i, row in enumerate(told["rows"]):
+        cells = [f"{found[i]['rise']:+.3f}, {100 * found[i]['held_out']:.2f}" for found in refits.values()]
+        out.append(line(eps_of(row), share(row["spectral"]), *cells))
+    return out
+
+
+def vit_tables(told: dict[str, Any]) -> list[str]:
+    out = head("eps", "zeroing, measured", "held-out accuracy %", "quadratic", "trace", "spectral \\|H\\|",
+               "Gauss-Newton", "snows at the spectral estimate: rise, held-out accuracy %")  # fmt: skip
+    for row in told["rows"]:
+        refit = row.get("refit")
+        spectral = "" if row["spectral"] is None else f"{row['spectral']:.3f} ± {row['spectral_uncertainty']:.3f}"
+        found = "" if not refit else f"{refit['rise']:+.3f}, {100 * refit['held_out_accuracy']:.1f}"
+        out.append(line(eps_of(row), share(row["measured"]), f"{100 * row['measured_at']['held_out_accuracy']:.1f}",
+                        share(row["quadratic"]), share(row["trace"]), spectral,
+                        interval(row) + (" (vacuous)" if told["model"]["vacuous"] else ""), found))  # fmt: skip
+    nm = told["nm"]
+    out += ["", *head(f"{nm['pattern']} of every layer", "rise of the loss", "held-out accuracy %")]
+    out.append(line("predicted, isotropic", f"{nm['predicted_isotropic']:+.3f}", ""))
+    out.append(line("predicted, quadratic", f"{nm['predicted_quadratic']:+.3f}", ""))
+    for text, found in (("**measured, zeroing alone**", nm["measured"]), ("**measured, snows**", nm["refit"])):
+        if found:
+            out.append(line(text, f"{found['rise']:+.3f}", f"{100 * found['held_out_accuracy']:.1f}"))
+    runs = "; ".join(
+        f"{name}: {run['probes']} probes of up to {max(run['steps'])} steps, ended by {run['ended_by']}"
+        for name, run in told["runs"].items()
+    )
+    dense = 100 * told["dense"]["held_out_accuracy"]
+    out += ["", f"{told['model']['images']} calibration images, 200 held-out ones (dense {dense:.1f} %). {runs}. "
+            f"{told['cpu_seconds']:.0f} CPU seconds, one thread. 2:4 removes {100 * nm['energy_removed']:.1f} % of the "
+            f"squared weights, as much as unstructured {nm['equivalent_sparsity']:.3f}."]  # fmt: skip
+    return out
+
+
+def cost_table(told: list[dict[str, Any]]) -> list[str]:
+    out = head("network and images", "matrix", "graph", "Gflop", "seconds", "Gflop/s of a matmul",
+               "times the operations' own time")  # fmt: skip
+    for row in told:
+        out.append(line(row["net"], row["matrix"], row["graph"], f"{row['operations'] / 1e9:.3g}",
+                        f"{row['seconds']:.3g}", f"{row['speed'] / 1e9:.0f}", f"{row['ratio']:.2f}"))  # fmt: skip
+    return out
+
+
+def docs(args: argparse.Namespace) -> None:
+    """Replace what stands between the markers of docs/limit.md by the tables of the results that are there."""
+    text = DOCS.read_text()
+    for name, make in (("digits", digits_table), ("mlpnet", mlpnet_tables), ("vit", vit_tables), ("cost", cost_table)):
+        path = RESULTS / f"limit_{name}.json"
+        start, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        body = "\n".join(make(json.loads(path.read_text()))) if path.exists() else "*Not measured yet.*"
+        text = before + start + body + "\n" + end + after
+    DOCS.write_text(text)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("digits", "mlpnet", "vit", "cost", "docs"))
-    parser.add_argument("--l1", type=float, nargs="*", default=[0.0, 1e-4, 1e-3])
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--l1", type=float, nargs="*", default=[0.0, 3e-3])
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--net", default="", help="only nets of the digits whose name starts so")
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=300, help="a third of it for convolutions")
     parser.add_argument("--probes", type=int, default=16)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--samples", type=int, default=16, help="images of ViT-Tiny")
