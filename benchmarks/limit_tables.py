@@ -204,7 +204,7 @@ def vit(args: argparse.Namespace) -> None:
     words = ["limit", str(DATA / "vit-tiny-patch16-224-hf"), "--dataset", str(DATA / "imagenet_sample1000_256.parquet"),
              "--eval-dataset", str(DATA / "imagenet_val_800.parquet"), "--samples", str(args.samples), "--batch-size",
              "4", "--eval-samples", "200", "--probes", str(args.probes), "--steps", str(args.steps), "--device", "cpu",
-             "--recipe", "snows", "--eps", "auto", ".1", ".5", "--time-limit", str(args.minutes), "--memory", "3",
+             "--recipe", "snows", "--eps", "auto", ".1", ".5", "--time-limit", str(args.minutes), "--memory", "2",
              "--output-dir", str(folder)]  # fmt: skip
     began = time.process_time()
     if cli.main(words):

@@ -504,3 +504,16 @@ def test_help_does_not_wait_for_torch():
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert answer.returncode == 0 and answer.stdout.strip().splitlines()[-1] == "False"
     assert max(map(len, answer.stdout.splitlines())) <= 80
+
+
+# ---------------------------------------------------------------------------------------------- a maintained library
+def test_products_agree_with_curvlinops(digits_mlp):
+    """Optional: pip install curvlinops-for-pytorch."""
+    curvlinops = pytest.importorskip("curvlinops", reason="not installed; the brute-force test needs none")
+    model, batches, _ = digits_mlp
+    task = task_of(model, batches)
+    v = torch.randn(len(task.weights), generator=torch.Generator().manual_seed(5))
+    weights = [model.a.weight, model.b.weight]
+    for kind, theirs in (("hessian", curvlinops.HessianLinearOperator), ("gauss-newton", curvlinops.GGNLinearOperator)):
+        operator = theirs(model, nn.CrossEntropyLoss(), weights, batches)
+        torch.testing.assert_close(task.product(v, kind), operator @ v, rtol=1e-3, atol=1e-5)
