@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from hf_prune import limit, loop
+from hf_prune import page as report_page
 from hf_prune.curvature import measure
 from hf_prune.spectrum import Lanczos, Removal, bounds, fixed_point, from_trace, kept, mean_curvature, probe
 
@@ -471,6 +472,11 @@ def test_the_page_of_the_demo_model(digit_images, tmp_path, capsys):
     assert told["seed"] == 0 if "seed" in told else told["options"]["seed"] == 0
     assert told["recipe"] == "magnitude" and told["rows"][0]["refit"]["sparsity"] > 0
     assert (out / "limit.png").stat().st_size > 10_000 and "<svg" in (out / "limit.svg").read_text()[:2000]
+    (picture,) = report_page.limits([tmp_path, out])
+    assert len(picture.rows) == len(told["rows"]) and f"{told['rows'][1]['measured']:.3f}"[1:] in picture.words
+    (out / "limit.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no study of hf-prune limit"):
+        report_page.limits([out])
 
 
 def test_json_goes_to_stdout_alone(digit_images, capsys):
