@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import linalg, loop, ranks, sites
 from .curvature import Images, NoSecondDerivative, Task, measure, prepare
-from .pattern import Pattern
+from .pattern import Pattern, allocate
 from .spectrum import Lanczos, Removal, bounds, fixed_point, from_trace, mean_curvature, probe, share, spread
 
 AUTO = "auto"
@@ -370,7 +370,8 @@ class _Work:
         judged = {name: self.judge_zeroed(self.zeroed(s)) for name, s in knees.items()}
         nm = self.pattern_verdict() if self.options.nm else None
         self.tell({"event": "stage", "text": "measuring each layer alone"})
-        reference = max(0.05, knees[self.eps[len(self.eps) // 2][0]])
+        full = 1 - 2 * len(self.task.sites) / len(self.weights)  # every layer keeps a weight
+        reference = min(max(0.05, knees[self.eps[len(self.eps) // 2][0]]), full)
         layers = self.layer_table(reference)
         self.tell({"event": "stage", "text": "predicting from the quadratic model"})
         seeds = range(self.options.seed, self.options.seed + self.options.probes)
@@ -473,7 +474,7 @@ class _Work:
         """Each layer pruned alone, by magnitude, to the same sparsity; and what one threshold or LAMP would give it."""
         parts = self.task.split(self.weights)
         everywhere = self.task.split(self.zeroed(sparsity))
-        lamp = _budgets([lamp_scores(w) for w in parts], sparsity)
+        lamp = allocate(Pattern.unstructured(sparsity, "model", "lamp"), parts)
         out = []
         for i, (s, w) in enumerate(zip(self.task.sites, parts, strict=True)):
             alone = list(parts)
@@ -482,7 +483,8 @@ class _Work:
             out.append({
                 "name": s.name, "weights": s.numel, "share": s.numel / len(self.weights), "trace_share": None,
                 "sparsity": sparsity, "rise": self.rise(torch.cat(alone)),
-                "global_sparsity": float((everywhere[i] == 0).double().mean()), "lamp_sparsity": lamp[i],
+                "global_sparsity": float((everywhere[i] == 0).double().mean()),
+                "lamp_sparsity": 1 - (lamp[i].budget or 0) / s.numel,
             })  # fmt: skip
             self.tell({"event": "count", "text": "measuring each layer alone", "done": i + 1, "of": len(parts)})
         return out
@@ -515,24 +517,6 @@ class _Work:
         module = copy.deepcopy(self.model)
         loop.prune(module, self.batches, recipe)
         return self.judge(module)
-
-
-def lamp_scores(weight: Tensor) -> Tensor:
-    """w² over the sum of the squares at least as large in its layer, like weight (Lee et al., arXiv 2010.07611)."""
-    flat = weight.flatten().double().square()
-    order = flat.argsort(descending=True)
-    out = torch.empty_like(flat)
-    out[order] = flat[order] / flat[order].cumsum(0).clamp_min(1e-300)
-    return out.view_as(weight)
-
-
-def _budgets(scores: list[Tensor], sparsity: float) -> list[float]:
-    """The share each layer loses when one threshold over all scores removes `sparsity` of the weights."""
-    every = torch.cat([s.flatten() for s in scores])
-    remove = round(sparsity * len(every))
-    gone = torch.zeros(len(every), dtype=torch.bool, device=every.device)
-    gone[every.argsort()[:remove]] = True
-    return [float(part.double().mean()) for part in gone.split([s.numel() for s in scores])]
 
 
 def suggested(layers: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

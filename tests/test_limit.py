@@ -1,5 +1,6 @@
 """The pruning limit against closed forms and exact spectra."""
 
+import copy
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
+import hf_prune
 from hf_prune import limit, loop
 from hf_prune import page as report_page
 from hf_prune.curvature import measure
@@ -309,12 +311,6 @@ def test_the_study_is_complete_and_honest(study):
     assert nm["measured"]["held_out_accuracy"] > 0.3
 
 
-def test_lamp_scores_are_the_definition():
-    w = torch.randn(30, dtype=torch.float64)
-    by_hand = [float(x**2 / sum(y**2 for y in w if y.abs() >= x.abs())) for x in w]
-    torch.testing.assert_close(limit.lamp_scores(w), torch.tensor(by_hand, dtype=torch.float64))
-
-
 def test_few_images_make_gauss_newton_vacuous(digits_mlp):
     model, batches, _ = digits_mlp
     few = [(batches[0][0][:8], batches[0][1][:8])]
@@ -523,3 +519,49 @@ def test_products_agree_with_curvlinops(digits_mlp):
     for kind, theirs in (("hessian", curvlinops.HessianLinearOperator), ("gauss-newton", curvlinops.GGNLinearOperator)):
         operator = theirs(model, nn.CrossEntropyLoss(), weights, batches)
         torch.testing.assert_close(task.product(v, kind), operator @ v, rtol=1e-3, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- allocation
+MAGNITUDE = {"mask": "magnitude", "solve": "none", "scope": "model", "sparsity": 0.6, "prune_head": True}
+
+
+class Linear(nn.Module):
+    """Two layers with nothing between them: rescaling one against the other is exact."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 12), nn.Linear(12, 10)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("rule", ["lamp", "trace"])
+@pytest.mark.parametrize("scale", [0.05, 1.0])
+def test_an_allocation_is_used_only_where_the_measured_loss_falls(rule, scale):
+    torch.manual_seed(0)
+    batches = digits()[0]
+    dense = trained(Linear(), batches, 100)
+    dense.a.weight.data *= scale  # |w| of one layer against the other changes, the function does not
+    dense.a.bias.data *= scale
+    dense.b.weight.data /= scale
+    images = limit.targets(dense, batches)
+    losses, kept = {}, {}
+    for each in ("magnitude", rule):
+        model = copy.deepcopy(dense)
+        report = hf_prune.prune(model, batches, {**MAGNITUDE, "allocation": each})
+        losses[each] = measure(model, images)["loss"]
+        kept[each] = sum(entry["kept"] for entry in report.layers if entry["pattern"])
+    assert kept[rule] == kept["magnitude"]
+    (note,) = report.notes
+    if "not used" in note:
+        assert losses[rule] == losses["magnitude"]
+    else:
+        assert losses[rule] < losses["magnitude"]
+    if scale == 0.05:
+        assert "is used" in note, "magnitude would empty the layer that was scaled down"
+
+
+def test_trace_needs_one_layerwise_stage():
+    with pytest.raises(ValueError, match="--allocation trace"):
+        hf_prune.prune(Linear(), digits()[0], {**MAGNITUDE, "allocation": "trace", "stages": 2})
