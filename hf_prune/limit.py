@@ -27,6 +27,7 @@ EPS: tuple[float | str, ...] = (AUTO, 0.01, 0.05, 0.1, 0.2, 0.5)
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0)  # where loss curves are evaluated
 HALVINGS = 6  # of the step of the grid that holds a knee
 BATCH = 128  # images of the mini-batches whose spread `auto` is
+SETTLED = 64  # Lanczos steps below which the figure of |H| is marked: it is too low, and half of them say the same
 VACUOUS = 0.5  # a rank below this share of the weights decides the Gauss-Newton figure by itself
 SKIP_SHARE = 0.1  # layers suggested to stay dense hold at most this share of the weights
 DAMAGE = 0.5  # ... and are listed until they make up this share of the damage
@@ -423,13 +424,14 @@ class _Work:
     ) -> dict[str, Any]:  # fmt: skip
         out: dict[str, Any] = {"eps": name, "value": eps, "measured": knee, "measured_at": judged,
                                "quadratic": quadratic, "trace": None, "spectral": None, "spectral_uncertainty": None,
-                               "gauss_newton": None}  # fmt: skip
+                               "spectral_settled": None, "gauss_newton": None}  # fmt: skip
         known = exact or newton
         if known:
             mean = mean_curvature([r.gauss() for r in known])
             out["trace"] = fixed_point(from_trace(mean), self.removal, eps)
         if exact:
             out["spectral"], out["spectral_uncertainty"] = self.hessian_at(exact, eps)
+            out["spectral_settled"] = all(run.ended or run.steps >= SETTLED for run in exact)
         if newton:
             out["gauss_newton"] = list(self.between(bounds(newton), eps))
         return out
@@ -499,15 +501,11 @@ class _Work:
                 continue
             sparsity = round(min(found, 1 - len(self.task.sites) / len(self.weights)), 3)  # every layer keeps one
             if sparsity not in done:
-                if self.clock.up():
-                    row["refit"] = None
-                    self.notes.append(f"eps {row['eps']}: not measured with {self.refit.name}, the time was up.")
-                    continue
                 text = f"pruning with {self.refit.name} to {100 * sparsity:.1f} %"
                 self.tell({"event": "stage", "text": text})
                 done[sparsity] = self.refitted(replace(self.refit, nm=None, sparsity=sparsity, scope="model"))
             row["refit"] = {"sparsity": sparsity, **done[sparsity]}
-        if nm is not None and not self.clock.up():
+        if nm is not None:
             self.tell({"event": "stage", "text": f"pruning with {self.refit.name} to {nm['pattern']}"})
             nm["refit"] = self.refitted(replace(self.refit, nm=nm["pattern"], sparsity=None))
 

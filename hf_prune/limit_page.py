@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .limit import Study
+from .limit import SETTLED, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,6 +72,7 @@ def _limits(study: Study) -> str:
         label = f"auto {value}" if row["eps"] == "auto" else value
         uncertain = row["spectral_uncertainty"]
         sure = "" if uncertain is None else f" ± {_share(uncertain)}" if uncertain <= 0.1 else " ± >.1"
+        sure = " few" if row["spectral_settled"] is False else sure
         spectral = _share(row["spectral"]) + sure
         newton = row["gauss_newton"]
         mark = " v" if study.model["vacuous"] else "  "
@@ -88,13 +89,19 @@ def _limits(study: Study) -> str:
                 text = "not measured: there were no other images"
             else:
                 text = text.format(held=held, dense=_held(study, study.dense))
-        lines += _wrap(text, f"  {column:<13}")
+        lines += _wrap(text, f"  {column:<13} ")
+    if any(row["spectral_settled"] is False for row in study.rows):
+        lines += _wrap(
+            f"fewer than {SETTLED} Lanczos steps: the eigenvalues near zero are not told apart, and the figure, as "
+            "that of the trace, is too low as a rule. Give more --steps or --time-limit.",
+            "  few           ",
+        )
     if study.model["vacuous"]:
         cap = study.model["rank_cap"]
         lines += _wrap(
             f"VACUOUS. {study.model['images']:,} images can bend at most {_percent(cap)} of the directions, so this "
             f"column is at least {_share(1 - cap)} whatever the model. More --samples would say more.",
-            "  v            ",
+            "  v             ",
         )
     lines.append("")
     lines += _wrap(

@@ -461,6 +461,7 @@ def test_the_page_of_the_demo_model(digit_images, tmp_path, capsys):
     told = json.loads((out / "limit.json").read_text())
     for word in ("zeroing", "held-out", "quadratic", "trace", "spectral |H|", "Gauss-Newton"):
         assert f"\n  {word}" in page, f"the column {word} is explained"
+    assert "\n  few " in page and all(row["spectral_settled"] is False for row in told["rows"])
     assert "VACUOUS" in page and "an estimate" not in page.split("MEASURED with magnitude")[1].split("Is 2:4")[0]
     for row in told["rows"]:
         assert f"{row['measured']:.3f}"[1:] in page
