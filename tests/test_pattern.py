@@ -114,7 +114,7 @@ def test_erk_follows_its_formula_and_caps_at_dense():
 
 
 def test_an_allocation_without_a_model_is_refused():
-    with pytest.raises(ValueError, match="choose one of magnitude, lamp, erk, trace"):
+    with pytest.raises(ValueError, match="choose one of magnitude, lamp, erk"):
         Pattern.unstructured(0.5, "model", "even")
     with pytest.raises(ValueError, match="Add --sparsity S and --scope model"):
         Pattern.unstructured(0.5, "layer", "lamp")
