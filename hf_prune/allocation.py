@@ -4,10 +4,14 @@ With z = f(y) the model's output, y = W x a layer's, and one weight removed and 
 moves by about ||J||² w² / [H⁻¹]_jj in square (the OBS saliency, weighed by the layer's influence).  One threshold on
 this, over all layers, says how many weights each keeps; which ones is decided later, when the layer's turn comes and
 the layers before it are pruned.
+
+`lamp` and `trace` (pattern.allocate) help on some networks and hurt on others: `confirm` tries their budgets by
+zeroing, before anything is pruned, and uses them only where they leave a lower calibration loss than one threshold.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from . import ranks
+from . import ranks, staged
+from .curvature import Task, measure, prepare
 from .importance import Influence
 from .linalg import cholesky
-from .pattern import Pattern, over_threshold
+from .pattern import Pattern, allocate, over_threshold
 from .sites import Site, Tape, Use, feed, parameters, quiet
+
+CONFIRMED = ("lamp", "trace")  # rules that are used only where they lower the loss
+PROBES = 4  # random output directions per image behind the trace of each layer
 
 
 def influence(
@@ -73,3 +81,41 @@ def influence(
         score.view(-1)[score.flatten().topk(least).indices] = float("inf")
     budgets = over_threshold(max(1, int(pattern.density * total + 1e-9)), scores)
     return {s.name: replace(patterns[s.name], budget=b) for s, b in zip(sites, budgets, strict=True)}
+
+
+
+def confirm(
+    model: nn.Module, batches: list[Any], labels: Sequence[Tensor | None], chosen: Any, recipe: Any, notes: list[str]
+) -> dict[str, Pattern]:
+    """The pattern of every site, by the recipe's rule or by magnitude; what was measured is added to `notes`.
+
+    batches, labels: calibration images as curvature.prepare takes them.  chosen: a loop.Selection.  The model is left
+    as it was.  A run in stages, or on gradients, shares the zeros anew at every stage: there `lamp` is taken as it is,
+    and `trace` raises ValueError.
+    """
+    rule = recipe.allocation
+    if staged.wanted(recipe):
+        if rule == "trace":
+            raise ValueError(f"--allocation trace goes with layer-wise recipes in one stage, and {recipe.name} is not "
+                             "one. Use lamp, erk or magnitude.")  # fmt: skip
+        return chosen.patterns
+    found = [s for u in chosen.units for s in u.sites]
+    task = Task(model, found, prepare(model, batches, labels), 0)
+    weights = [part.view(s.shape) for part, s in zip(task.split(task.weights), found, strict=True)]
+    scales = None
+    if rule == "trace":
+        total = torch.stack([task.traces(recipe.seed + number) for number in range(PROBES)]).mean(0)
+        scales = [float(t) / size for t, size in zip(total, task.sizes, strict=True)]
+    dense = measure(model, task.images)["loss"] or 0.0
+    made, rises = {}, {}
+    for each in ("magnitude", rule):
+        made[each] = allocate(replace(recipe.pattern(), allocation=each), weights, scales=scales)
+        kept = torch.cat([(w * p.mask(w.abs())).flatten() for w, p in zip(weights, made[each], strict=True)])
+        with task.at(kept):
+            rises[each] = (measure(model, task.images)["loss"] or 0.0) - dense
+    taken = rule if rises[rule] < rises["magnitude"] else "magnitude"
+    notes.append(
+        f"allocation {rule} is {'used' if taken == rule else 'not used'}: zeroing by it raises the calibration loss by "
+        f"{rises[rule]:.4g}, by one threshold on |w| it is {rises['magnitude']:.4g}."
+    )
+    return {s.name: p for s, p in zip(found, made[taken], strict=True)}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import linalg, loop, ranks, sites
 from .curvature import Images, NoSecondDerivative, Task, measure, prepare
-from .pattern import Pattern
+from .pattern import Pattern, allocate
 from .spectrum import Lanczos, Removal, bounds, fixed_point, from_trace, mean_curvature, probe, share, spread
 
 AUTO = "auto"
@@ -27,6 +27,7 @@ EPS: tuple[float | str, ...] = (AUTO, 0.01, 0.05, 0.1, 0.2, 0.5)
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0)  # where loss curves are evaluated
 HALVINGS = 6  # of the step of the grid that holds a knee
 BATCH = 128  # images of the mini-batches whose spread `auto` is
+SETTLED = 64  # Lanczos steps below which the figure of |H| is marked: it is too low, and half of them say the same
 VACUOUS = 0.5  # a rank below this share of the weights decides the Gauss-Newton figure by itself
 SKIP_SHARE = 0.1  # layers suggested to stay dense hold at most this share of the weights
 DAMAGE = 0.5  # ... and are listed until they make up this share of the damage
@@ -151,16 +152,21 @@ def limit(
     if not batches:
         raise ValueError("no calibration batch was given; at least one image is needed.")
     with linalg.exact_matmul():
-        images = _targets(model, batches)
-        judged = _targets(model, held) if ranks.agree(float(len(held))) else None
         base = replace(recipe or loop.Recipe(), nm=None, sparsity=0.5, scope="model")
-        chosen = loop.choose(model, sites.cut(images.batches[0], 0, 2), base)
-        found = [s for u in chosen.units for s in u.sites]
-        task = Task(model, found, images, options.memory * 2**30)
-        return _Work(model, task, images, judged, options, told, base, refit, batches).study()
+        task = task_of(model, batches, base, options.memory * 2**30)
+        judged = targets(model, held) if ranks.agree(float(len(held))) else None
+        return _Work(model, task, judged, options, told, base, refit, batches).study()
 
 
-def _targets(model: nn.Module, batches: list[Any]) -> Images:
+def task_of(model: nn.Module, batches: list[Any], recipe: loop.Recipe, memory: float) -> Task:
+    """The loss on `batches` over the weights that `recipe` would prune without a pattern.  memory: bytes for graphs."""
+    images = targets(model, batches)
+    chosen = loop.choose(model, sites.cut(images.batches[0], 0, 2), replace(recipe, nm=None, sparsity=0.5))
+    return Task(model, [s for u in chosen.units for s in u.sites], images, memory)
+
+
+def targets(model: nn.Module, batches: list[Any]) -> Images:
+    """Batches, or (input, labels) pairs, with what the loss compares the outputs with."""
     inputs = [b[0] if isinstance(b, (tuple, list)) else b for b in batches]
     labels = [b[1] if isinstance(b, (tuple, list)) and len(b) > 1 else None for b in batches]
     return prepare(model, inputs, labels)
@@ -170,10 +176,10 @@ class _Work:
     """One study on its way: each method fills in a part of it."""
 
     def __init__(
-        self, model: nn.Module, task: Task, images: Images, judged: Images | None, options: Options, tell: Tell,
-        base: loop.Recipe, refit: loop.Recipe | None, batches: list[Any],
+        self, model: nn.Module, task: Task, judged: Images | None, options: Options, tell: Tell, base: loop.Recipe,
+        refit: loop.Recipe | None, batches: list[Any],
     ) -> None:  # fmt: skip
-        self.model, self.task, self.images, self.judged = model, task, images, judged
+        self.model, self.task, self.images, self.judged = model, task, task.images, judged
         self.options, self.tell, self.base, self.refit, self.batches = options, tell, base, refit, batches
         self.clock = Clock(options.seconds)
         self.weights = task.weights
@@ -181,7 +187,7 @@ class _Work:
         self.order = self.weights.abs().argsort()
         self.notes: list[str] = []
         self.runs: dict[str, Any] = {}
-        self.dense = measure(model, images)
+        self.dense = measure(model, task.images)
         self.eps = self.tolerances()
         self.measured = Curve(lambda s: self.rise(self.zeroed(s)))
         self.gradient: Tensor | None = None
@@ -365,7 +371,8 @@ class _Work:
         judged = {name: self.judge_zeroed(self.zeroed(s)) for name, s in knees.items()}
         nm = self.pattern_verdict() if self.options.nm else None
         self.tell({"event": "stage", "text": "measuring each layer alone"})
-        reference = max(0.05, knees[self.eps[len(self.eps) // 2][0]])
+        full = 1 - 2 * len(self.task.sites) / len(self.weights)  # every layer keeps a weight
+        reference = min(max(0.05, knees[self.eps[len(self.eps) // 2][0]]), full)
         layers = self.layer_table(reference)
         self.tell({"event": "stage", "text": "predicting from the quadratic model"})
         seeds = range(self.options.seed, self.options.seed + self.options.probes)
@@ -417,13 +424,14 @@ class _Work:
     ) -> dict[str, Any]:  # fmt: skip
         out: dict[str, Any] = {"eps": name, "value": eps, "measured": knee, "measured_at": judged,
                                "quadratic": quadratic, "trace": None, "spectral": None, "spectral_uncertainty": None,
-                               "gauss_newton": None}  # fmt: skip
+                               "spectral_settled": None, "gauss_newton": None}  # fmt: skip
         known = exact or newton
         if known:
             mean = mean_curvature([r.gauss() for r in known])
             out["trace"] = fixed_point(from_trace(mean), self.removal, eps)
         if exact:
             out["spectral"], out["spectral_uncertainty"] = self.hessian_at(exact, eps)
+            out["spectral_settled"] = all(run.ended or run.steps >= SETTLED for run in exact)
         if newton:
             out["gauss_newton"] = list(self.between(bounds(newton), eps))
         return out
@@ -468,7 +476,7 @@ class _Work:
         """Each layer pruned alone, by magnitude, to the same sparsity; and what one threshold or LAMP would give it."""
         parts = self.task.split(self.weights)
         everywhere = self.task.split(self.zeroed(sparsity))
-        lamp = _budgets([lamp_scores(w) for w in parts], sparsity)
+        lamp = allocate(Pattern.unstructured(sparsity, "model", "lamp"), parts)
         out = []
         for i, (s, w) in enumerate(zip(self.task.sites, parts, strict=True)):
             alone = list(parts)
@@ -477,7 +485,8 @@ class _Work:
             out.append({
                 "name": s.name, "weights": s.numel, "share": s.numel / len(self.weights), "trace_share": None,
                 "sparsity": sparsity, "rise": self.rise(torch.cat(alone)),
-                "global_sparsity": float((everywhere[i] == 0).double().mean()), "lamp_sparsity": lamp[i],
+                "global_sparsity": float((everywhere[i] == 0).double().mean()),
+                "lamp_sparsity": 1 - (lamp[i].budget or 0) / s.numel,
             })  # fmt: skip
             self.tell({"event": "count", "text": "measuring each layer alone", "done": i + 1, "of": len(parts)})
         return out
@@ -492,15 +501,11 @@ class _Work:
                 continue
             sparsity = round(min(found, 1 - len(self.task.sites) / len(self.weights)), 3)  # every layer keeps one
             if sparsity not in done:
-                if self.clock.up():
-                    row["refit"] = None
-                    self.notes.append(f"eps {row['eps']}: not measured with {self.refit.name}, the time was up.")
-                    continue
                 text = f"pruning with {self.refit.name} to {100 * sparsity:.1f} %"
                 self.tell({"event": "stage", "text": text})
                 done[sparsity] = self.refitted(replace(self.refit, nm=None, sparsity=sparsity, scope="model"))
             row["refit"] = {"sparsity": sparsity, **done[sparsity]}
-        if nm is not None and not self.clock.up():
+        if nm is not None:
             self.tell({"event": "stage", "text": f"pruning with {self.refit.name} to {nm['pattern']}"})
             nm["refit"] = self.refitted(replace(self.refit, nm=nm["pattern"], sparsity=None))
 
@@ -510,24 +515,6 @@ class _Work:
         module = copy.deepcopy(self.model)
         loop.prune(module, self.batches, recipe)
         return self.judge(module)
-
-
-def lamp_scores(weight: Tensor) -> Tensor:
-    """w² over the sum of the squares at least as large in its layer, like weight (Lee et al., arXiv 2010.07611)."""
-    flat = weight.flatten().double().square()
-    order = flat.argsort(descending=True)
-    out = torch.empty_like(flat)
-    out[order] = flat[order] / flat[order].cumsum(0).clamp_min(1e-300)
-    return out.view_as(weight)
-
-
-def _budgets(scores: list[Tensor], sparsity: float) -> list[float]:
-    """The share each layer loses when one threshold over all scores removes `sparsity` of the weights."""
-    every = torch.cat([s.flatten() for s in scores])
-    remove = round(sparsity * len(every))
-    gone = torch.zeros(len(every), dtype=torch.bool, device=every.device)
-    gone[every.argsort()[:remove]] = True
-    return [float(part.double().mean()) for part in gone.split([s.numel() for s in scores])]
 
 
 def suggested(layers: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

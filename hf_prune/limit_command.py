@@ -126,12 +126,10 @@ def run(words: Sequence[str]) -> int:
         print(json.dumps(told, indent=1) if args.get("json") else text, flush=True)
         if folder is not None:
             try:
-                written = limit_page.write(folder, text, told)
+                limit_page.write(folder, text, told)
             except OSError as error:
                 raise ValueError(f"--output-dir {folder} could not be written: {error.strerror or error}.") from error
-            if len(written) < len(limit_page.FILES):
-                say.notes(["no figure: it needs matplotlib (pip install 'hf-prune[figures]')."])
-            say.aside(f"\n{folder}/: {', '.join(written)}")
+            say.aside(f"\n{folder}/: {', '.join(limit_page.FILES)}")
 
     cli.on_main(state, write)
     return 0

@@ -5,10 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .limit import Study
+from .limit import SETTLED, Study
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .pictures import Picture
 
 WIDTH = 80
 LISTED = 10  # layers on the page; the JSON file has them all
@@ -20,7 +26,7 @@ COLUMNS = {
     "held-out": "MEASURED: {held} there, on images that chose nothing; {dense} dense",
     "quadratic": "estimate for zeroing, from gradient and Gauss-Newton matrix along the step",
     "trace": "estimate for zeroing, from the mean curvature alone",
-    "spectral |H|": "estimate, kept weights MAY BE UPDATED, all eigenvalues of the Hessian; ± its numerical error",
+    "spectral |H|": "estimate, kept weights MAY BE UPDATED, all eigenvalues of the Hessian; ± of steps and probes",
     "Gauss-Newton": "the same from the Gauss-Newton matrix, as an interval; usually the most hopeful",
 }
 
@@ -65,7 +71,9 @@ def _limits(study: Study) -> str:
         value = f"{row['value']:.3g}"
         label = f"auto {value}" if row["eps"] == "auto" else value
         uncertain = row["spectral_uncertainty"]
-        spectral = "-" if row["spectral"] is None else f"{_share(row['spectral'])} ± {_share(uncertain)}"
+        sure = "" if uncertain is None else f" ± {_share(uncertain)}" if uncertain <= 0.1 else " ± >.1"
+        sure = " few" if row["spectral_settled"] is False else sure
+        spectral = _share(row["spectral"]) + sure
         newton = row["gauss_newton"]
         mark = " v" if study.model["vacuous"] else "  "
         interval = "-" if newton is None else f"[{_share(newton[0])}, {_share(newton[1])}]{mark}"
@@ -81,13 +89,19 @@ def _limits(study: Study) -> str:
                 text = "not measured: there were no other images"
             else:
                 text = text.format(held=held, dense=_held(study, study.dense))
-        lines += _wrap(text, f"  {column:<13}")
+        lines += _wrap(text, f"  {column:<13} ")
+    if any(row["spectral_settled"] is False for row in study.rows):
+        lines += _wrap(
+            f"fewer than {SETTLED} Lanczos steps: the eigenvalues near zero are not told apart, and the figure, as "
+            "that of the trace, is too low as a rule. Give more --steps or --time-limit.",
+            "  few           ",
+        )
     if study.model["vacuous"]:
         cap = study.model["rank_cap"]
         lines += _wrap(
             f"VACUOUS. {study.model['images']:,} images can bend at most {_percent(cap)} of the directions, so this "
             f"column is at least {_share(1 - cap)} whatever the model. More --samples would say more.",
-            "  v            ",
+            "  v             ",
         )
     lines.append("")
     lines += _wrap(
@@ -266,33 +280,54 @@ def data(study: Study, **more: Any) -> dict[str, Any]:
     return clean({"schema_version": 1, **more, **dataclasses.asdict(study)})
 
 
-def write(folder: Path, text: str, told: dict[str, Any]) -> list[str]:
-    """limit.txt, limit.json and, where matplotlib is installed, the figure; returns what was written."""
+def write(folder: Path, text: str, told: dict[str, Any]) -> None:
+    """limit.txt, limit.json and the figure as limit.png and limit.svg."""
+    from . import pictures
+
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "limit.txt").write_text(text + "\n", encoding="utf-8")
     (folder / "limit.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return ["limit.txt", "limit.json"]
-    draw(told, folder / "limit")
-    return list(FILES)
+    drawn = figure(told)
+    (folder / "limit.png").write_bytes(pictures.png(drawn))
+    (folder / "limit.svg").write_text(pictures.svg(drawn, "limit") + "\n", encoding="utf-8")
 
 
-def draw(told: dict[str, Any], stem: Path) -> None:
-    """Three panels as stem.png and stem.svg, from the JSON alone."""
+def picture(told: dict[str, Any]) -> Picture:
+    """The figure for the page of `hf-prune report`, from limit.json."""
+    from .pictures import Picture
+
+    rows: list[Sequence[Any]] = []
+    for row in told["rows"]:
+        newton = row["gauss_newton"] or [None, None]
+        rows.append((f"{row['value']:.3g}", _share(row["measured"]), _share(row["quadratic"]), _share(row["trace"]),
+                     _share(row["spectral"]), f"{_share(newton[0])} to {_share(newton[1])}"))  # fmt: skip
+    row = told["rows"][len(told["rows"]) // 2]
+    words = (
+        f"How sparse the dense model can go: zeroing its smallest weights raises the mean loss by {row['value']:.3g} "
+        f"at sparsity {_share(row['measured'])} (measured); where kept weights may be updated, the spectrum of "
+        f"the loss puts it at {_share(row['spectral'])} (an estimate, no guarantee)."
+    )
+    head = ("tolerated rise", "zeroing, measured", "quadratic", "trace", "spectral |H|", "Gauss-Newton")
+    return Picture("limit", "How sparse the model can go", words, figure(told), head, rows)
+
+
+def figure(told: dict[str, Any]) -> Figure:
+    """Three panels, from the JSON alone."""
+    import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    one, two, three = figure.subplots(1, 3)
-    _spectrum(one, told)
-    _crossing(two, told)
-    _curve(three, told)
-    for kind in ("png", "svg"):
-        figure.savefig(stem.with_suffix(f".{kind}"), dpi=130, metadata={"Date": None} if kind == "svg" else None)
+    from .pictures import STYLE
+
+    with matplotlib.rc_context(STYLE):
+        made = Figure(figsize=(13, 4))
+        one, two, three = made.subplots(1, 3)
+        _spectrum(one, told)
+        _crossing(two, told)
+        _curve(three, told)
+    return made
 
 
-BLUE, ORANGE, GREY, GREEN = "#1f5fa8", "#d1701c", "#777777", "#2e8540"
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"  # pictures.COLOURS
 
 
 def _spectrum(axes: Any, told: dict[str, Any]) -> None:

@@ -197,6 +197,9 @@ def prune(
         target = Target(**recipe.target)
         tell({"event": "start", "layers": len(chosen.patterns)})
         notes: list[str] = []
+        if recipe.allocation in allocation.CONFIRMED:
+            tell({"event": "stage", "text": f"trying the allocation {recipe.allocation}"})
+            chosen.patterns = allocation.confirm(model, batches, labels, chosen, recipe, notes)
         permutation = None
         if recipe.permute != "none":
             if recipe.pattern().m:

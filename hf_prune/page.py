@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -92,7 +93,7 @@ def write(
     names = _names(folders)
     reports = {name: checkpoint.read(folder) for name, folder in zip(names, folders, strict=True)}
     weights, unread = histograms(Path(folders[0]), next(iter(reports.values())), base=base, token=token)
-    drawn = pictures.draw(reports, weights, unread)
+    drawn = pictures.draw(reports, weights, unread) + limits(folders)
     path = Path(output) if output else (Path(folders[0]) / PAGE if len(folders) == 1 else Path(PAGE))
     notes = [picture.words for picture in drawn if picture.figure is None]
     try:
@@ -110,6 +111,17 @@ def write(
     except OSError as error:
         raise ValueError(f"{path} could not be written: {error.strerror or error}.") from error
     return path, notes
+
+
+def limits(folders: Sequence[str | Path]) -> list[Picture]:
+    """The figure of `hf-prune limit` where one of the folders holds its limit.json."""
+    from . import limit_page
+
+    found = [Path(folder) / "limit.json" for folder in folders if (Path(folder) / "limit.json").is_file()]
+    try:
+        return [limit_page.picture(json.loads(path.read_text(encoding="utf-8"))) for path in found[:1]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{found[0]} is no study of hf-prune limit ({error!r}): remove it.") from error
 
 
 def _names(folders: Sequence[str | Path]) -> list[str]:

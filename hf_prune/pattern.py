@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 SCOPES = ("row", "layer", "model")
-ALLOCATIONS = ("magnitude", "lamp", "erk", "influence")  # how the layers of scope `model` share the zeros
+ALLOCATIONS = ("magnitude", "lamp", "erk", "influence", "trace")  # how the layers of scope `model` share the zeros
 
 
 @dataclass(frozen=True)
@@ -103,17 +103,19 @@ class Pattern:
 
 
 def allocate(
-    pattern: Pattern, weights: list[Tensor], kernels: Sequence[tuple[int, ...]] | None = None
-) -> list[Pattern]:
+    pattern: Pattern, weights: list[Tensor], kernels: Sequence[tuple[int, ...]] | None = None,
+    scales: Sequence[float] | None = None,
+) -> list[Pattern]:  # fmt: skip
     """One pattern per layer.  For scope `model` the pattern's allocation decides how much each layer keeps.
 
     magnitude: one threshold on |w| for all layers.  lamp: one threshold on w² over the sum of the squares in its layer
     that are not smaller (Lee et al., arXiv 2010.07611), so that no layer empties first.  erk: densities proportional to
     (in + out + kernel sides) / (in · out · kernel), the Erdős-Rényi-kernel rule of Evci et al. (arXiv 1911.11134);
-    layers that would exceed 1 stay dense and the others share the rest.
+    layers that would exceed 1 stay dense and the others share the rest.  trace: one threshold on w² times the mean
+    curvature of its layer; without `scales`, as in a plan made before any image was seen, it is magnitude.
 
     weights: canonical views (groups, out, in) of the layers, in any order.  kernels: the sides of each layer's kernel,
-    () where there is none; only erk reads them.
+    () where there is none; only erk reads them.  scales: each layer's mean curvature (allocation.py), for trace.
     """
     if pattern.m or pattern.scope != "model":
         return [pattern] * len(weights)
@@ -123,6 +125,8 @@ def allocate(
         raise ValueError(f"{pattern} leaves {keep} weights for {len(weights)} layers; every layer needs one.")
     if pattern.allocation == "erk":
         budgets = erdos_renyi(keep, weights, kernels or [()] * len(weights))
+    elif pattern.allocation == "trace" and scales is not None:
+        budgets = over_threshold(keep, [w.double().square() * c for w, c in zip(weights, scales, strict=True)])
     else:
         budgets = over_threshold(keep, [lamp(w) if pattern.allocation == "lamp" else w.abs().float() for w in weights])
     for i, b in enumerate(budgets):  # no layer may lose all: the largest gives one up for it

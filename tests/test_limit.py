@@ -1,5 +1,6 @@
 """The pruning limit against closed forms and exact spectra."""
 
+import copy
 import json
 import os
 import socket
@@ -11,8 +12,10 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
+import hf_prune
 from hf_prune import limit, loop
-from hf_prune.curvature import Task, measure, prepare
+from hf_prune import page as report_page
+from hf_prune.curvature import measure
 from hf_prune.spectrum import Lanczos, Removal, bounds, fixed_point, from_trace, kept, mean_curvature, probe
 
 
@@ -183,10 +186,8 @@ def trained(model, batches, steps=150, l1=0.0):
 ALL = loop.Recipe(prune_head=True, prune_stem=True)
 
 
-def task_of(model, batches, recipe=ALL, memory=2.0**30):
-    images = prepare(model, [b[0] for b in batches], [b[1] for b in batches])
-    chosen = loop.choose(model, images.batches[0][:2], loop.Recipe(sparsity=0.5, prune_head=recipe.prune_head))
-    return Task(model, [s for u in chosen.units for s in u.sites], images, memory)
+def task_of(model, batches, memory=2.0**30):
+    return limit.task_of(model, batches, ALL, memory)
 
 
 def dense_matrix(task, kind):
@@ -308,12 +309,6 @@ def test_the_study_is_complete_and_honest(study):
     assert nm["sparsity"] == pytest.approx(0.5) and nm["misfits"] == []
     assert nm["sparsity"] > nm["equivalent_sparsity"] - 0.2 and 0 < nm["energy_removed"] < 1
     assert nm["measured"]["held_out_accuracy"] > 0.3
-
-
-def test_lamp_scores_are_the_definition():
-    w = torch.randn(30, dtype=torch.float64)
-    by_hand = [float(x**2 / sum(y**2 for y in w if y.abs() >= x.abs())) for x in w]
-    torch.testing.assert_close(limit.lamp_scores(w), torch.tensor(by_hand, dtype=torch.float64))
 
 
 def test_few_images_make_gauss_newton_vacuous(digits_mlp):
@@ -466,6 +461,7 @@ def test_the_page_of_the_demo_model(digit_images, tmp_path, capsys):
     told = json.loads((out / "limit.json").read_text())
     for word in ("zeroing", "held-out", "quadratic", "trace", "spectral |H|", "Gauss-Newton"):
         assert f"\n  {word}" in page, f"the column {word} is explained"
+    assert "\n  few " in page and all(row["spectral_settled"] is False for row in told["rows"])
     assert "VACUOUS" in page and "an estimate" not in page.split("MEASURED with magnitude")[1].split("Is 2:4")[0]
     for row in told["rows"]:
         assert f"{row['measured']:.3f}"[1:] in page
@@ -473,6 +469,11 @@ def test_the_page_of_the_demo_model(digit_images, tmp_path, capsys):
     assert told["seed"] == 0 if "seed" in told else told["options"]["seed"] == 0
     assert told["recipe"] == "magnitude" and told["rows"][0]["refit"]["sparsity"] > 0
     assert (out / "limit.png").stat().st_size > 10_000 and "<svg" in (out / "limit.svg").read_text()[:2000]
+    (picture,) = report_page.limits([tmp_path, out])
+    assert len(picture.rows) == len(told["rows"]) and f"{told['rows'][1]['measured']:.3f}"[1:] in picture.words
+    (out / "limit.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no study of hf-prune limit"):
+        report_page.limits([out])
 
 
 def test_json_goes_to_stdout_alone(digit_images, capsys):
@@ -506,3 +507,62 @@ def test_help_does_not_wait_for_torch():
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert answer.returncode == 0 and answer.stdout.strip().splitlines()[-1] == "False"
     assert max(map(len, answer.stdout.splitlines())) <= 80
+
+
+# ---------------------------------------------------------------------------------------------- a maintained library
+def test_products_agree_with_curvlinops(digits_mlp):
+    """Optional: pip install curvlinops-for-pytorch."""
+    curvlinops = pytest.importorskip("curvlinops", reason="not installed; the brute-force test needs none")
+    model, batches, _ = digits_mlp
+    task = task_of(model, batches)
+    v = torch.randn(len(task.weights), generator=torch.Generator().manual_seed(5))
+    weights = [model.a.weight, model.b.weight]
+    for kind, theirs in (("hessian", curvlinops.HessianLinearOperator), ("gauss-newton", curvlinops.GGNLinearOperator)):
+        operator = theirs(model, nn.CrossEntropyLoss(), weights, batches)
+        torch.testing.assert_close(task.product(v, kind), operator @ v, rtol=1e-3, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- allocation
+MAGNITUDE = {"mask": "magnitude", "solve": "none", "scope": "model", "sparsity": 0.6, "prune_head": True}
+
+
+class Linear(nn.Module):
+    """Two layers with nothing between them: rescaling one against the other is exact."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 12), nn.Linear(12, 10)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("rule", ["lamp", "trace"])
+@pytest.mark.parametrize("scale", [0.05, 1.0])
+def test_an_allocation_is_used_only_where_the_measured_loss_falls(rule, scale):
+    torch.manual_seed(0)
+    batches = digits()[0]
+    dense = trained(Linear(), batches, 100)
+    dense.a.weight.data *= scale  # |w| of one layer against the other changes, the function does not
+    dense.a.bias.data *= scale
+    dense.b.weight.data /= scale
+    images = limit.targets(dense, batches)
+    losses, kept = {}, {}
+    for each in ("magnitude", rule):
+        model = copy.deepcopy(dense)
+        report = hf_prune.prune(model, batches, {**MAGNITUDE, "allocation": each})
+        losses[each] = measure(model, images)["loss"]
+        kept[each] = sum(entry["kept"] for entry in report.layers if entry["pattern"])
+    assert kept[rule] == kept["magnitude"]
+    (note,) = report.notes
+    if "not used" in note:
+        assert losses[rule] == losses["magnitude"]
+    else:
+        assert losses[rule] < losses["magnitude"]
+    if scale == 0.05:
+        assert "is used" in note, "magnitude would empty the layer that was scaled down"
+
+
+def test_trace_needs_one_layerwise_stage():
+    with pytest.raises(ValueError, match="--allocation trace"):
+        hf_prune.prune(Linear(), digits()[0], {**MAGNITUDE, "allocation": "trace", "stages": 2})

@@ -1,0 +1,428 @@
+"""The tables of docs/limit.md: what the pruning limit predicts, beside what was measured.
+
+    python benchmarks/limit_tables.py digits        # small networks trained here, with and without L1: a few minutes
+    python benchmarks/limit_tables.py mlpnet        # MLPNet on MNIST
+    python benchmarks/limit_tables.py vit           # ViT-Tiny on ImageNet images, with 2:4
+    python benchmarks/limit_tables.py cost          # what a curvature product costs
+    python benchmarks/limit_tables.py docs          # write the results into docs/limit.md
+
+Each of the first four writes benchmarks/results/limit_<name>.json.  MLPNet, ViT-Tiny and their images are looked for in
+../shared/data and are no part of the project.  The digits are scikit-learn's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hf_prune
+from hf_prune import limit, loop, recipe
+from hf_prune.curvature import measure
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE.parent.parent / "shared" / "data"
+RESULTS = HERE / "results"
+DOCS = HERE.parent / "docs" / "limit.md"
+WHOLE = loop.Recipe(prune_stem=True, prune_head=True)
+MAGNITUDE = {0.5: 93.93, 0.6: 93.78, 0.7: 93.62, 0.8: 92.88, 0.9: 90.28, 0.95: 83.64, 0.98: 32.25}  # MLPNet, published
+
+
+def need_data() -> None:
+    if not DATA.is_dir():
+        raise SystemExit(f"{DATA} does not exist: its checkpoints and images are no part of the project.")
+    sys.path.insert(0, str(DATA))
+
+
+def paired(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def rows_of(study: limit.Study) -> list[dict[str, Any]]:
+    keys = ("eps", "value", "measured", "quadratic", "trace", "spectral", "spectral_uncertainty", "spectral_settled",
+            "gauss_newton")  # fmt: skip
+    return [
+        {k: row[k] for k in keys} | {"held_out": row["measured_at"].get("held_out_accuracy"), "refit": row.get("refit")}
+        for row in study.rows
+    ]
+
+
+def save(name: str, told: Any) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"limit_{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------------- digits
+def dense_net(*widths: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        layers += [nn.Linear(a, b)] + ([nn.ReLU()] if i + 2 < len(widths) else [])
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def conv_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16 * 9, 10),
+    )  # fmt: skip
+
+
+NETS = {
+    "FC 64-32-10": lambda: dense_net(64, 32, 10),
+    "FC 64-48-32-24-10": lambda: dense_net(64, 48, 32, 24, 10),
+    "conv 8-16, linear": conv_net,
+}
+
+
+def train(net: nn.Module, x: Tensor, y: Tensor, l1: float, epochs: int, seed: int) -> nn.Module:
+    """Adam with a cosine schedule on cross-entropy + l1 * sum of |w| over the weights that will be pruned.
+
+    l1 rises from 0 over the first half: given at once, it kills deep networks before they learn anything.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = [p for p in net.parameters() if p.dim() > 1]
+    best = torch.optim.Adam(net.parameters(), lr=5e-3)
+    rounds = math.ceil(len(x) / 128)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(best, epochs * rounds)
+    for epoch in range(epochs):
+        now = l1 * min(1.0, 2 * epoch / epochs)
+        for part in torch.randperm(len(x), generator=generator).split(128):
+            loss = F.cross_entropy(net(x[part]), y[part]) + now * sum(w.abs().sum() for w in weights)
+            best.zero_grad()
+            loss.backward()
+            best.step()
+            schedule.step()
+    return net.eval()
+
+
+def digits(args: argparse.Namespace) -> None:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
+    x = torch.tensor(data.data, dtype=torch.float32)[order].view(-1, 1, 8, 8) / 16
+    y = torch.tensor(data.target)[order]
+    train_set, test = (x[:1297], y[:1297]), (x[1297:], y[1297:])
+    done = RESULTS / "limit_digits.json"
+    out = json.loads(done.read_text()) if done.exists() else []  # a net that was done is not done again
+    for name, make in NETS.items():
+        for l1 in args.l1:
+            for seed in range(args.seeds):
+                if not name.startswith(args.net) or [name, l1, seed] in [[o["net"], o["l1"], o["seed"]] for o in out]:
+                    continue
+                torch.manual_seed(seed)
+                began = time.process_time()
+                epochs = args.epochs if name.startswith("FC") else args.epochs // 3
+                net = train(make(), *train_set, l1, epochs, seed)
+                options = limit.Options(probes=16, steps=32, seed=seed, nm=None)
+                study = limit.limit(net, paired(*train_set, 500), paired(*test, 500), recipe=WHOLE, options=options)
+                rows = rows_of(study)
+                gap = max(abs(row["spectral"] - row["measured"]) for row in rows)
+                seconds = time.process_time() - began
+                print(f"{name}, L1 {l1:g}, seed {seed}: gap {gap:.3f}, {seconds:.0f} CPU s", flush=True)
+                for row in rows:
+                    print("   ", {k: v for k, v in row.items() if k != "refit"}, flush=True)
+                out.append({"net": name, "l1": l1, "seed": seed, "weights": study.model["weights"], "rows": rows,
+                            "accuracy": study.dense["held_out_accuracy"], "loss": study.dense["loss"],
+                            "cpu_seconds": seconds})  # fmt: skip
+                save("digits", out)
+
+
+# ------------------------------------------------------------------------------------------------------------- MLPNet
+def zeroed(model: nn.Module, names: list[str], sparsity: float) -> nn.Module:
+    """A copy whose smallest weights are zero, one threshold for all; without hf_prune's own code."""
+    out = copy.deepcopy(model)
+    weights = [p for n, p in out.named_parameters() if n in names]
+    every = torch.cat([w.detach().abs().flatten() for w in weights])
+    keep = torch.ones_like(every, dtype=torch.bool)
+    keep[every.argsort()[: round(sparsity * len(every))]] = False
+    with torch.no_grad():
+        for w, part in zip(weights, keep.split([w.numel() for w in weights]), strict=True):
+            w.mul_(part.view_as(w))
+    return out
+
+
+def mlpnet(args: argparse.Namespace) -> None:
+    need_data()
+    import loaders
+    from chita_tables import images
+
+    train_set, test = images("mnist_train_10000.parquet", 0.1307, 0.3081), images("mnist_test.parquet", 0.1307, 0.3081)
+    model = loaders.mnist_mlpnet()
+    batches, held = paired(train_set[0][:1024], train_set[1][:1024], 256), paired(*test, 1000)
+    judged = limit.targets(model, held)
+    names = [n for n, p in model.named_parameters() if p.dim() > 1]
+    row = {s: 100 * float(measure(zeroed(model, names, s), judged)["accuracy"] or 0) for s in MAGNITUDE}
+    print("magnitude", row, flush=True)
+    began = time.process_time()
+    options = limit.Options(probes=args.probes, steps=args.steps, nm=None, memory=4.0)
+    study = limit.limit(model, batches, held, recipe=WHOLE, options=options, tell=_tell)
+    seconds = time.process_time() - began
+    told = {"images": 1024, "weights": study.model["weights"], "dense": study.dense, "magnitude": row,
+            "runs": study.runs, "rows": rows_of(study), "cpu_seconds": seconds, "refits": {}}  # fmt: skip
+    print(json.dumps(told["rows"], indent=None), flush=True)
+    save("mlpnet", told)
+    refit(told, model, batches, judged, args.recipes, "mlpnet")
+
+
+def refit(told: dict[str, Any], model: nn.Module, batches: Any, judged: Any, names: list[str], name: str) -> None:
+    """Each recipe at the spectral estimate of each row."""
+    here = limit.targets(model, batches)
+    dense = measure(model, here)["loss"]
+    for which in ["magnitude", *names]:
+        for at in told["rows"]:
+            sparsity = round(at["spectral"], 3)
+            chosen = recipe.load(which, sparsity=sparsity, scope="model", prune_head=True, prune_stem=True)
+            module = copy.deepcopy(model)
+            hf_prune.prune(module, batches, chosen)
+            loss, there = measure(module, here)["loss"], measure(module, judged)
+            found = {"sparsity": chosen.sparsity, "rise": loss - dense, "held_out": there["accuracy"]}
+            told["refits"].setdefault(which, []).append(found)
+            print(which, at["eps"], found, flush=True)
+        save(name, told)
+
+
+def _tell(event: dict[str, Any]) -> None:
+    if event["event"] == "stage" or event.get("step", 1) % 16 == 0:
+        print(event, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- ViT-Tiny
+def vit(args: argparse.Namespace) -> None:
+    need_data()
+    from hf_prune import cli
+
+    folder = RESULTS / "limit_vit"
+    words = ["limit", str(DATA / "vit-tiny-patch16-224-hf"), "--dataset", str(DATA / "imagenet_sample1000_256.parquet"),
+             "--eval-dataset", str(DATA / "imagenet_val_800.parquet"), "--samples", str(args.samples), "--batch-size",
+             "4", "--eval-samples", "200", "--probes", str(args.probes), "--steps", str(args.steps), "--device", "cpu",
+             "--eps", "auto", ".1", ".5", "--time-limit", str(args.minutes), "--memory", "2",
+             "--output-dir", str(folder)]  # fmt: skip
+    if not args.refit_only:
+        began = time.process_time()
+        if cli.main(words):
+            raise SystemExit(1)
+        study = json.loads((folder / "limit.json").read_text())
+        told = {k: study[k] for k in ("rows", "nm", "model", "dense", "runs", "skip", "notes")}
+        save("vit", told | {"cpu_seconds": time.process_time() - began})
+    told = json.loads((RESULTS / "limit_vit.json").read_text())
+    told["refits"] = {}
+    for samples in (args.samples, 128):  # 2:4 with snows, on the images of the study and on enough of them
+        told["refits"][samples] = vit_refit(samples, args.samples)
+        print(samples, told["refits"][samples], flush=True)
+        save("vit", told)
+
+
+def vit_refit(samples: int, judged_on: int) -> dict[str, float | None]:
+    """2:4 with snows on `samples` images: the rise of the study's calibration loss, and held-out accuracy."""
+    from hf_prune import models
+    from hf_prune.calibration import batches, images
+    from hf_prune.labels import match
+
+    loaded = models.load(str(DATA / "vit-tiny-patch16-224-hf"))
+
+    def read(file: str, count: int, size: int) -> list[Any]:
+        found = images(str(DATA / file), samples=count)
+        classes = match(found.label_names, loaded.labels, loaded.num_classes).classes
+        return list(batches(found, loaded, size, classes))
+
+    here = limit.targets(loaded.module, read("imagenet_sample1000_256.parquet", judged_on, 4))
+    there = limit.targets(loaded.module, read("imagenet_val_800.parquet", 200, 20))
+    dense = measure(loaded.module, here)["loss"] or 0.0
+    hf_prune.prune(loaded.module, read("imagenet_sample1000_256.parquet", samples, 16), "snows", nm="2:4")
+    rise = (measure(loaded.module, here)["loss"] or 0.0) - dense
+    return {"rise": rise, "held_out_accuracy": measure(loaded.module, there)["accuracy"]}
+
+
+# --------------------------------------------------------------------------------------------------------------- cost
+def machine() -> float:
+    """Floating-point operations a second of one float32 matrix product of the shape of ViT-Tiny's layers."""
+    a, b = torch.randn(197 * 4, 192), torch.randn(192, 768)
+    best = math.inf
+    for _ in range(30):
+        began = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        best = min(best, (time.perf_counter() - began) / 4)
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1] / best
+
+
+def cost(args: argparse.Namespace) -> None:
+    """Seconds of a product, its operations, and how many times the operations' own time it takes."""
+    need_data()
+    import loaders
+    from chita_tables import images
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, y = images("mnist_train_10000.parquet", 0.1307, 0.3081)
+    cx, cy = images("cifar10_lossless_train_4000.parquet", 0.5, 0.5)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(16, 3, 224, 224, generator=generator)
+    tasks = {
+        "MLPNet, 1024 images": (loaders.mnist_mlpnet(), paired(x[:1024], y[:1024], 1024)),
+        "ResNet20, 64 images": (loaders.chita_resnet20(), paired(cx[:64], cy[:64], 64)),
+        "ViT-Tiny, 4 images": (loaders.vit_tiny_timm(), [noise[:4]]),
+        "ViT-Tiny, 8 images": (loaders.vit_tiny_timm(), [noise[:4], noise[4:8]]),
+    }
+    out = []
+    for name, (model, batches) in tasks.items():
+        for memory in (8.0, 0.0):
+            task = limit.task_of(model, batches, loop.Recipe(), memory * 2**30)
+            v = torch.randn(len(task.weights), generator=generator)
+            for kind in ("gauss-newton", "hessian"):
+                with FlopCounterMode(display=False) as first:
+                    task.product(v, kind)
+                with FlopCounterMode(display=False) as counter:
+                    task.product(v, kind)
+                best, speed = math.inf, 0.0
+                for _ in range(args.repeats):
+                    speed = max(speed, machine())
+                    began = time.perf_counter()
+                    task.product(v, kind)
+                    best = min(best, time.perf_counter() - began)
+                row = {"net": name, "matrix": kind, "graph": "kept" if memory else "rebuilt", "seconds": best,
+                       "operations": counter.get_total_flops(), "first": first.get_total_flops(), "speed": speed,
+                       "ratio": best * speed / counter.get_total_flops()}  # fmt: skip
+                print(row, flush=True)
+                out.append(row)
+            task.forget()
+        save("cost", out)
+
+
+# --------------------------------------------------------------------------------------------------------------- docs
+def line(*cells: Any) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def interval(row: dict[str, Any]) -> str:
+    found = row["gauss_newton"]
+    return "" if found is None else f"{found[0]:.3f} to {found[1]:.3f}"
+
+
+def eps_of(row: dict[str, Any]) -> str:
+    return f"auto {row['value']:.3f}" if row["eps"] == "auto" else row["eps"]
+
+
+def head(*cells: str) -> list[str]:
+    return [line(*cells), "|" + "---|" * len(cells)]
+
+
+def digits_table(told: list[dict[str, Any]]) -> list[str]:
+    out = head("network", "L1", "seeds", "accuracy %", "zeroing, measured", "quadratic", "trace", "spectral \\|H\\|",
+               "Gauss-Newton", "largest gap, 6 rows")  # fmt: skip
+    for name, l1 in dict.fromkeys((o["net"], o["l1"]) for o in told):
+        nets = [o for o in told if (o["net"], o["l1"]) == (name, l1)]
+        at = [next(row for row in o["rows"] if row["eps"] == "0.05") for o in nets]
+
+        def mean(key: str, at: list[Any] = at) -> str:
+            return share(sum(row[key] for row in at) / len(at))
+
+        newton = {"gauss_newton": [sum(row["gauss_newton"][i] for row in at) / len(at) for i in (0, 1)]}
+        gap = max(abs(row["spectral"] - row["measured"]) for o in nets for row in o["rows"])
+        accuracy = 100 * sum(o["accuracy"] for o in nets) / len(nets)
+        out.append(line(f"{name} ({nets[0]['weights']:,} weights)", f"{l1:g}", len(nets), f"{accuracy:.1f}",
+                        mean("measured"), mean("quadratic"), mean("trace"), mean("spectral"), interval(newton),
+                        f"{gap:.3f}"))  # fmt: skip
+    return out
+
+
+def mlpnet_tables(told: dict[str, Any]) -> list[str]:
+    out = head("sparsity", *(f"{float(s):g}" for s in told["magnitude"]))
+    out.append(line("published", *(f"{v:.2f}" for v in MAGNITUDE.values())))
+    out.append(line("here", *(f"{v:.2f}" for v in told["magnitude"].values())))
+    out += ["", *head("eps", "zeroing, measured", "held-out accuracy %", "quadratic", "trace", "spectral \\|H\\|",
+                      "Gauss-Newton")]  # fmt: skip
+    for row in told["rows"]:
+        out.append(line(eps_of(row), share(row["measured"]), f"{100 * row['held_out']:.2f}", share(row["quadratic"]),
+                        share(row["trace"]), f"{row['spectral']:.3f} ± {row['spectral_uncertainty']:.3f}",
+                        interval(row)))  # fmt: skip
+    refits = told["refits"]
+    out += ["", *head("eps", "sparsity (spectral estimate)",
+                      *(f"{name}: rise of the loss, accuracy %" for name in refits))]  # fmt: skip
+    for i, row in enumerate(told["rows"]):
+        cells = [f"{found[i]['rise']:+.3f}, {100 * found[i]['held_out']:.2f}" for found in refits.values()]
+        out.append(line(eps_of(row), share(row["spectral"]), *cells))
+    return out
+
+
+def vit_tables(told: dict[str, Any]) -> list[str]:
+    out = head("eps", "zeroing, measured", "held-out accuracy %", "quadratic", "trace", "spectral \\|H\\|",
+               "Gauss-Newton")  # fmt: skip
+    few = max(told["runs"].get("hessian", {}).get("steps") or [0])
+    for row in told["rows"]:
+        spectral = "" if row["spectral"] is None else f"{row['spectral']:.3f}"
+        spectral += f" ({few} steps, too few)" if spectral and few < limit.SETTLED else ""
+        out.append(line(eps_of(row), share(row["measured"]), f"{100 * row['measured_at']['held_out_accuracy']:.1f}",
+                        share(row["quadratic"]), share(row["trace"]), spectral,
+                        interval(row) + (" (vacuous)" if told["model"]["vacuous"] else "")))  # fmt: skip
+    nm = told["nm"]
+    out += ["", *head(f"{nm['pattern']} of every layer", "rise of the loss", "held-out accuracy %")]
+    out.append(line("predicted, isotropic", f"{nm['predicted_isotropic']:+.3f}", ""))
+    out.append(line("predicted, quadratic", f"{nm['predicted_quadratic']:+.3f}", ""))
+    rows = [("**measured, zeroing alone**", nm["measured"])]
+    rows += [(f"**measured, snows on {n} images**", found) for n, found in told.get("refits", {}).items()]
+    for text, found in rows:
+        out.append(line(text, f"{found['rise']:+.3f}", f"{100 * found['held_out_accuracy']:.1f}"))
+    runs = "; ".join(
+        f"{name}: {run['probes']} probes of up to {max(run['steps'])} steps, ended by {run['ended_by']}"
+        for name, run in told["runs"].items() if run["steps"]
+    )
+    dense = 100 * told["dense"]["held_out_accuracy"]
+    out += ["", f"{told['model']['images']} calibration images, 200 held-out ones (dense {dense:.1f} %). {runs}. "
+            f"{told['cpu_seconds']:.0f} CPU seconds, one thread. 2:4 removes {100 * nm['energy_removed']:.1f} % of the "
+            f"squared weights, as much as unstructured {nm['equivalent_sparsity']:.3f}."]  # fmt: skip
+    return out
+
+
+def cost_table(told: list[dict[str, Any]]) -> list[str]:
+    out = head("network and images", "matrix", "graph", "Gflop", "seconds", "Gflop/s of a matmul",
+               "times the operations' own time")  # fmt: skip
+    for row in told:
+        out.append(line(row["net"], row["matrix"], row["graph"], f"{row['operations'] / 1e9:.3g}",
+                        f"{row['seconds']:.3g}", f"{row['speed'] / 1e9:.0f}", f"{row['ratio']:.2f}"))  # fmt: skip
+    return out
+
+
+def docs(args: argparse.Namespace) -> None:
+    """Replace what stands between the markers of docs/limit.md by the tables of the results that are there."""
+    text = DOCS.read_text()
+    for name, make in (("digits", digits_table), ("mlpnet", mlpnet_tables), ("vit", vit_tables), ("cost", cost_table)):
+        path = RESULTS / f"limit_{name}.json"
+        start, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        body = "\n".join(make(json.loads(path.read_text()))) if path.exists() else "*Not measured yet.*"
+        text = before + start + body + "\n" + end + after
+    DOCS.write_text(text)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("digits", "mlpnet", "vit", "cost", "docs"))
+    parser.add_argument("--l1", type=float, nargs="*", default=[0.0, 3e-3])
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--net", default="", help="only nets of the digits whose name starts so")
+    parser.add_argument("--epochs", type=int, default=300, help="a third of it for convolutions")
+    parser.add_argument("--probes", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=16, help="images of ViT-Tiny")
+    parser.add_argument("--refit-only", action="store_true", help="of vit: keep the study, prune again")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of ViT-Tiny")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--recipes", nargs="*", default=["snows", "chita", "chita-plus-plus"])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    globals()[args.what](args)
