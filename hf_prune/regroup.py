@@ -35,7 +35,7 @@ def order(
     every = torch.arange(groups, device=score.device)
     idle = 0
     for _ in range(rounds):
-        if idle == 2 * m:  # every column had its turn, and stayed
+        if idle == 2 * m * m:  # every pair of places had its turn, and stayed
             break
         idle += 1
         slot = torch.randint(m, (problems, groups, 1), generator=generator).to(score.device)
