@@ -207,6 +207,7 @@ def prune(
                 wanted = [s for u in chosen.units for s in u.sites]
                 found = permute.permute(model, batches, wanted, chosen.patterns, recipe.permute)
                 permutation = permute.told(found, recipe.permute)
+                notes += permute.said(found)
             else:
                 notes.append(f"permute {recipe.permute} did nothing: only N:M patterns depend on the channels' order.")
         told: list[dict[str, Any]] = []

@@ -202,7 +202,7 @@ def permute(
         old = {member.name: tensors[member.name].detach().clone() for member in c.members}
         apply(tensors, c, order)
         worst = _apart(before, _run(model, small))
-        if not worst < TOLERANCE:
+        if ranks.agree(float(not worst < TOLERANCE)):  # what one process refuses, none does
             with torch.no_grad():
                 for name, t in old.items():
                     tensors[name].copy_(t)
@@ -211,6 +211,22 @@ def permute(
         for name in read & members.keys():
             worth[name] = reorder(worth[name], members[name], c, order)
     return found
+
+
+def said(found: list[Group]) -> list[str]:
+    """What was done, as notes for the user."""
+    moved = [g for g in found if g.reason is None]
+    notes = []
+    if moved:
+        before, after = (100 * sum(g.kept[i] for g in moved) / len(moved) for i in (0, 1))
+        notes.append(f"{len(moved)} sets of channels were reordered: the mask keeps {after:.1f} % of the score in the "
+                     f"weights that read them, and would have kept {before:.1f} %.")  # fmt: skip
+    for g in found:
+        if g.reason is not None:
+            notes.append(f"{g.readers[0][0]}: the order of its channels stays, since {g.reason}.")
+    if not found:
+        notes.append("no channels of this model can be reordered: permute changed nothing.")
+    return notes
 
 
 def told(found: list[Group], score: str) -> dict[str, Any]:

@@ -33,7 +33,11 @@ def order(
     generator = torch.Generator().manual_seed(seed)
     by_column = score.mT.contiguous()  # (problems, columns, rows)
     every = torch.arange(groups, device=score.device)
+    idle = 0
     for _ in range(rounds):
+        if idle == 2 * m * m:  # every pair of places had its turn, and stayed
+            break
+        idle += 1
         slot = torch.randint(m, (problems, groups, 1), generator=generator).to(score.device)
         out = place.gather(2, slot).squeeze(2)  # (problems, groups) column taken out of each group
         others = (slot + torch.arange(1, m, device=score.device)) % m
@@ -51,6 +55,7 @@ def order(
             mutual = (partner.gather(1, partner) == every) & (best > floor[:, None])
             if not bool(mutual.any()):
                 break
+            idle = 0
             source = torch.where(mutual, partner, every)
             place = place.scatter(2, slot, out.gather(1, source).unsqueeze(2))
             out = place.gather(2, slot).squeeze(2)

@@ -95,6 +95,7 @@ def test_a_recipe_reorders_and_reports():
     a = hf_prune.prune(plain, batches(), "magnitude", nm="2:4", permute="none")
     b = hf_prune.prune(moved, batches(), "magnitude", nm="2:4", permute="magnitude")
     assert a.permutation is None and b.permutation["score"] == "magnitude"
+    assert "4 sets of channels were reordered: the mask keeps" in b.notes[0]
     assert [g["channels"] for g in b.permutation["groups"]] == [8, 32, 8, 32]
     assert all(g["kept_after"] > g["kept_before"] and g["reason"] is None for g in b.permutation["groups"])
     kept = [float(sum(p.abs().sum() for p in m.state_dict().values() if p.dim() == 2)) for m in (plain, moved)]
@@ -125,6 +126,7 @@ def test_what_does_not_give_the_same_outputs_is_put_back(monkeypatch):
     assert [g.readers[0][0] for g in lost] == ["blocks.0.fc2.weight"] and "moved by" in lost[0].reason
     for name in ("fc1.weight", "fc1.bias", "fc2.weight"):
         assert torch.equal(model.state_dict()[f"blocks.0.{name}"], old[f"blocks.0.{name}"])
+    assert "fc2.weight: the order of its channels stays, since" in permute.said(found)[1]
     assert permute.told(found, "magnitude")["groups"][1]["kept_after"] == lost[0].kept[0]
 
 
