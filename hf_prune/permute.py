@@ -141,7 +141,9 @@ def moments(model: nn.Module, sites: list[Site], batches: Sequence[Any], diagona
     return sums
 
 
-def scores(model: nn.Module, sites: list[Site], batches: Sequence[Any], kind: str, options: Options) -> dict[str, Tensor]:
+def scores(
+    model: nn.Module, sites: list[Site], batches: Sequence[Any], kind: str, options: Options
+) -> dict[str, Tensor]:  # fmt: skip
     """What each weight is worth, by parameter, in the parameter's own layout; not negative."""
     named = parameters(model)
     data = moments(model, sites, batches, kind == "activation") if kind != "magnitude" else {}

@@ -102,8 +102,8 @@ def test_any_number_of_ranks_gives_the_same_model(recipe, size, count):
     layers = [r for r in found[0][1] if r["pattern"]]
     assert all(r["sent_bytes"] > 0 for r in layers)
     sums = 4 * (12 * 12 + 12 + 12 * 8 + 2 * 8) + 8  # xx, sx, xd, dd, sd of the first layer; the count
-    rows = 0 if recipe is HALF else -(-8 // size) * 12 * (4 + 1)  # gathered weights and masks
-    assert layers[0]["sent_bytes"] == sums + rows
+    each = 0 if recipe is HALF else (4 + 1) + 4 * (recipe is DEFAULT)  # a weight and its mask; a refit weight
+    assert layers[0]["sent_bytes"] == sums + -(-8 // size) * 12 * each
 
 
 def test_rows_are_divided():
