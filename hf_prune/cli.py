@@ -106,9 +106,9 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--device", metavar="DEV", help="cpu, cuda, cuda:1, mps; default: what is there")
     group.add_argument("--dtype", metavar="DTYPE", help="of the written weights; default: as they were")
 
-    group.add_argument("--host-memory", metavar="SIZE", help="use at most this much, such as 4GiB; rest on disk")
+    group.add_argument("--host-memory", metavar="SIZE", help="use at most so much (4GiB); the rest on disk")
     group.add_argument("--device-memory", metavar="SIZE", help="the same of the GPU: fewer images at once")
-    group.add_argument("--timeout", metavar="MIN", type=_number, help="wait for a silent process; default 30")
+    group.add_argument("--timeout", metavar="MIN", type=_number, help="wait for a silent process (30)")
 
     group = top.add_argument_group("images")
     group.add_argument("--dataset", metavar="DATA", help="Hub id, image folder or parquet file to calibrate on")

@@ -87,10 +87,10 @@ def importance(
         for weights in found:
             weights[key] = (1 - share) + share * weights[key] / mean if mean > 0 else torch.ones_like(weights[key])
     if ranks.world_size() > 1:  # the same ones in the same order, on a rank without images too
-        known = {key: rows for ms in ranks.gather([(k, m.rows) for k, m in moments.items()]) for key, rows in ms}
-        for key, rows in known.items():
-            width = max(r.stop for r in rows.values())
-            moments.setdefault(key, Metric(rows, torch.zeros(width, width)))
+        known = {key: places for ms in ranks.gather([(k, m.rows) for k, m in moments.items()]) for key, places in ms}
+        for key, places in known.items():
+            width = max(r.stop for r in places.values())
+            moments.setdefault(key, Metric(places, torch.zeros(width, width, device=_device(model))))
         moments = {key: moments[key] for key in known}
     ranks.sum_([m.moment for m in moments.values()])
     for m in moments.values():
@@ -98,7 +98,7 @@ def importance(
         m.moment = (1 - metric) * torch.eye(len(m.moment)).to(m.moment) + metric * m.moment / scale
     if ranks.world_size() > 1:
         sizes = {name: width for rs in ranks.gather([(n, len(r)) for n, r in rows.items()]) for name, width in rs}
-        rows = {name: rows.get(name, torch.zeros(width)) for name, width in sizes.items()}
+        rows = {name: rows.get(name, torch.zeros(width, device=_device(model))) for name, width in sizes.items()}
         counts = {name: counts.get(name, 0.0) for name in sizes}
     ranks.sum_(rows.values())
     return Influence(found, moments, {name: r / ranks.agree(counts[name]) for name, r in rows.items()})

@@ -296,8 +296,9 @@ def run(
         for pair, w in zip(pairs, found.weights, strict=True):
             pair.weights = streams.Lazy(way.store.keep(w))
         if recipe.allocation == "influence":
-            few = batches[: max(1, 64 // len(sites._tensors(batches[0])[0]))] if batches else []  # few images are enough
-            chosen = replace(chosen, patterns=allocation.influence(model, every, list(few), chosen.patterns, found))
+            # its budgets need few images
+            few = list(batches[: max(1, 64 // len(sites._tensors(batches[0])[0]))]) if batches else []
+            chosen = replace(chosen, patterns=allocation.influence(model, every, few, chosen.patterns, found))
     elif recipe.allocation == "influence":
         raise ValueError(
             "--allocation influence: needs target.importance above 0 and a mask or solve that reads calibration images."
