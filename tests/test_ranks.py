@@ -19,6 +19,7 @@ if os.name != "posix":
 
 fork = multiprocessing.get_context("fork")
 DEFAULT = Recipe(nm="2:4")
+METRIC = Recipe(nm="2:4", target={"metric": 0.5})  # the output metric couples rows: masks are divided, solves are not
 SPARSEGPT = Recipe(nm="2:4", mask={"method": "sparsegpt"}, solve=None)
 HALF = Recipe(sparsity=0.5)  # one threshold for a layer: its rows are not divided
 
@@ -82,7 +83,7 @@ def warm():
 
 
 @pytest.mark.parametrize("size, count", [(2, 5), (3, 5), (4, 3)], ids=["uneven", "three", "fewer images than ranks"])
-@pytest.mark.parametrize("recipe", [DEFAULT, SPARSEGPT, HALF], ids=["default", "sparsegpt", "unstructured"])
+@pytest.mark.parametrize("recipe", [DEFAULT, METRIC, SPARSEGPT, HALF], ids=["default", "metric", "sparsegpt", "unstructured"])
 def test_any_number_of_ranks_gives_the_same_model(recipe, size, count):
     def work(rank, size):
         model = network()
