@@ -83,7 +83,9 @@ def warm():
 
 
 @pytest.mark.parametrize("size, count", [(2, 5), (3, 5), (4, 3)], ids=["uneven", "three", "fewer images than ranks"])
-@pytest.mark.parametrize("recipe", [DEFAULT, METRIC, SPARSEGPT, HALF], ids=["default", "metric", "sparsegpt", "unstructured"])
+@pytest.mark.parametrize(
+    "recipe", [DEFAULT, METRIC, SPARSEGPT, HALF], ids=["default", "metric", "sparsegpt", "unstructured"]
+)
 def test_any_number_of_ranks_gives_the_same_model(recipe, size, count):
     def work(rank, size):
         model = network()
