@@ -6,7 +6,7 @@ JOBS   ?= 2
 INSTALLED := $(VENV)/.installed
 OFFLINE   := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: demo test lint matrix clean
+.PHONY: demo test lint matrix kills clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)          ## prune the embedded model, offline, in less than a minute
@@ -17,6 +17,9 @@ test: lint                  ## lint, then every test
 
 matrix: $(INSTALLED)        ## every architecture, half an hour: writes docs/architectures.md
 	$(OFFLINE) OMP_NUM_THREADS=1 JOBS=$(JOBS) $(VENV)/bin/python scripts/architecture_matrix.py
+
+kills: $(INSTALLED)         ## kill a run at 20 random moments and compare hashes: writes docs/scale.md
+	$(OFFLINE) OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/scale.py --only kills
 
 lint: $(INSTALLED)          ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -9,12 +9,15 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
 import difflib
+import functools
 import importlib
 import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -103,6 +106,10 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--device", metavar="DEV", help="cpu, cuda, cuda:1, mps; default: what is there")
     group.add_argument("--dtype", metavar="DTYPE", help="of the written weights; default: as they were")
 
+    group.add_argument("--host-memory", metavar="SIZE", help="use at most so much (4GiB); the rest on disk")
+    group.add_argument("--device-memory", metavar="SIZE", help="the same of the GPU: fewer images at once")
+    group.add_argument("--timeout", metavar="MIN", type=_number, help="wait for a silent process (30)")
+
     group = top.add_argument_group("images")
     group.add_argument("--dataset", metavar="DATA", help="Hub id, image folder or parquet file to calibrate on")
     group.add_argument("--config", metavar="NAME", help="configuration of the dataset")
@@ -166,8 +173,10 @@ def _whole(text: str) -> int | str:
 
 # ------------------------------------------------------------------------------------------------------------- main
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for a mistake of the user, 130 after Ctrl-C.
+    """Run one command and return its exit code.
 
+    0 done, 2 a mistake of the user, 74 something could not be written (disk full, read-only), 75 another process was
+    lost, 130 after Ctrl-C, 143 after SIGTERM; after the last four `--resume` goes on.
     argv: the words after `hf-prune`; None takes them from the command line.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -187,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guard(work: Callable[[], int], verbose: bool) -> int:
     """Turn the exceptions that a user can mend into one message and an exit code; let bugs have their traceback."""
     try:
-        return work()
+        with _terminable():
+            return work()
     except ValueError as error:
         if verbose:
             traceback.print_exc()
@@ -196,23 +206,59 @@ def _guard(work: Callable[[], int], verbose: bool) -> int:
     except KeyboardInterrupt as stop:
         if verbose:
             traceback.print_exc()
-        _complain(f"stopped; no output folder was written.{stop}")
-        return 130
+        by = "stopped by SIGTERM" if isinstance(stop, Terminated) else "stopped"
+        _complain(f"{by}; no output folder was written.{stop}")
+        return 143 if isinstance(stop, Terminated) else 130
     except BrokenPipeError:  # `hf-prune ... | head`: the reader has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it at exit
         return 141
+    except (OSError, RuntimeError) as error:
+        code = _outside(error)
+        if code is None:
+            raise
+        if verbose:
+            traceback.print_exc()
+        _complain(error)
+        return code
 
 
-class _Told(ValueError):
-    """Raised on the other ranks for what rank 0 says."""
+def _outside(error: Exception) -> int | None:
+    """The exit code where what stopped the run lies outside it, as in sysexits.h; None for a bug."""
+    streams, ranks = sys.modules.get("hf_prune.streams"), sys.modules.get("hf_prune.ranks")
+    if streams is not None and isinstance(error, streams.NotSaved):
+        return 74  # EX_IOERR
+    return 75 if ranks is not None and isinstance(error, ranks.Lost) else None  # EX_TEMPFAIL
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived: a scheduler's time limit, or a launcher that ends all processes because one has failed."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does, with the last checkpoint intact and a word about it."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: whoever runs it there decides about signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _complain(error: object) -> None:
     rank = int(os.environ.get("RANK", "0"))
     grouped = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+    told = getattr(sys.modules.get("hf_prune.ranks"), "Told", ())
     if rank == 0:
         print(f"hf-prune: {error}", file=sys.stderr)
-    elif grouped and not isinstance(error, _Told):  # before there is a group, all ranks make the same mistake
+    elif grouped and not isinstance(error, told):  # before there is a group, all ranks make the same mistake
         print(f"hf-prune (rank {rank}): {error}", file=sys.stderr)
 
 
@@ -222,6 +268,7 @@ def run(args: Mapping[str, Any], words: Sequence[str], plan_only: Mapping[str, b
     from .recipe import to_yaml
 
     chosen = settle(args)
+    timeout = _limits(args)
     folder = Path(args.get("output_dir") or default_folder(args["model"], str(chosen.recipe.pattern())))
     resume, source = bool(args.get("resume")), args["model"]
     blocks = checkpoint.unfinished(folder)
@@ -238,23 +285,28 @@ def run(args: Mapping[str, Any], words: Sequence[str], plan_only: Mapping[str, b
 
         hub.check(args["push_to_hub"], args.get("token"))  # now, and not after the work
     _hush(verbose=bool(args.get("verbose")))
-    state = process_state(chosen.device)
+    state = process_state(chosen.device, timeout)
     say = Talk(quiet=bool(args.get("quiet")) or not state.is_main_process)
     if not args.get("dry_run"):
         on_main(state, check_folder)
-    from .loop import plan as make_plan
+    from . import streams
+    from .loop import choose
     from .loop import prune as prune_model
 
     say.stage(f"loading {source}")
     loaded = _load(args, chosen, pick_device(chosen.device, state))
     say.notes(loaded.notes)
     engine = _with_names(chosen, loaded)
+    budgets = {"host_memory": args.get("host_memory"), "device_memory": args.get("device_memory")}
     if args.get("dry_run"):
-        return _forecast(loaded, engine, say, plan_only or {})
-    planned = make_plan(loaded.module, _probe(loaded), engine)
+        return _forecast(loaded, engine, say, plan_only or {}, functools.partial(_predicted, chosen=chosen,
+                         budgets=budgets, state=state))  # fmt: skip
+    selection = choose(loaded.module, _probe(loaded), engine)
+    planned = selection.plan
     say(plan.text(planned))
     stored = output_bytes(loaded)
     say(plan.output(stored))
+    say(_predicted(loaded, selection, chosen, budgets, state)[1])
     kept = 4 * plan.totals(planned)["prunable"]  # finished blocks, in float32
     on_main(state, lambda: checkpoint.refuse_full_disk(folder, stored + kept))
 
@@ -266,8 +318,8 @@ def run(args: Mapping[str, Any], words: Sequence[str], plan_only: Mapping[str, b
     dense = dataclasses.replace(loaded, module=copy.deepcopy(loaded.module)) if judged is not None else None
     images = _batches(calibration, loaded, chosen)
     with _keeping(blocks, resume), _memory(chosen), Progress(say) as progress:
-        result = prune_model(loaded.module, images, engine, progress=progress, checkpoint=blocks)
-    del images
+        told = _enough(progress, calibration, chosen)
+        result = prune_model(loaded.module, images, engine, progress=told, checkpoint=blocks, **budgets)
     say.notes([*calibration.notes, *result.notes])
     evaluation = None
     if judged is not None and dense is not None:
@@ -280,7 +332,7 @@ def run(args: Mapping[str, Any], words: Sequence[str], plan_only: Mapping[str, b
             evaluation["depth"] = evaluating.depth(dense, loaded.module, judged, chosen.recipe.batch_size)
 
     def write() -> None:
-        told = report.compose(
+        made = report.compose(
             loaded,
             chosen,
             result,
@@ -289,18 +341,20 @@ def run(args: Mapping[str, Any], words: Sequence[str], plan_only: Mapping[str, b
             command=spoken(words),
             compressed="only" if args.get("compressed_only") else "beside" if args.get("compressed") else None,
         )
-        text = card.render(told, name=folder.resolve().name)
+        text = card.render(made, name=folder.resolve().name)
         try:
-            checkpoint.write(folder, loaded, told, text, recipe=to_yaml(chosen), overwrite=overwrite)
+            checkpoint.write(folder, loaded, made, text, recipe=to_yaml(chosen), overwrite=overwrite)
         except OSError as error:
             why = f"{folder} could not be written: {error.strerror or error}."
-            raise ValueError(f"{why} No work is lost: mend it, then give the same command with --resume.") from error
+            raise streams.NotSaved(
+                f"{why} No work is lost: mend it, then give the same command with --resume."
+            ) from error
         shutil.rmtree(blocks, ignore_errors=True)
         if args.get("report"):
             from . import page
 
             say.notes(page.write([folder])[1])
-        say("\n" + report.summary(told, folder, checkpoint.weight_bytes(folder)))
+        say("\n" + report.summary(made, folder, checkpoint.weight_bytes(folder)))
 
     samples, skipped = _counts(calibration)
     on_main(state, write)
@@ -309,7 +363,9 @@ def run(args: Mapping[str, Any], words: Sequence[str], plan_only: Mapping[str, b
     return 0
 
 
-def _forecast(loaded: Loaded, engine: Recipe, say: Talk, flags: Mapping[str, bool]) -> int:
+def _forecast(
+    loaded: Loaded, engine: Recipe, say: Talk, flags: Mapping[str, bool], memory: Callable[..., tuple[int, str]]
+) -> int:
     """`--dry-run` and `hf-prune plan`."""
     import json
 
@@ -319,6 +375,8 @@ def _forecast(loaded: Loaded, engine: Recipe, say: Talk, flags: Mapping[str, boo
     probe = not flags.get("no_probe")
     picked = choose(loaded.module, _probe(loaded), engine)
     found = forecast.forecast(loaded, picked, engine, probe=probe, tell=say.stage)
+    if probe:
+        found = dataclasses.replace(found, memory=memory(loaded, picked)[0])
     if flags.get("json"):
         say(json.dumps(forecast.as_json(found, loaded, engine), indent=1, ensure_ascii=False))
         return 0
@@ -404,8 +462,10 @@ def spoken(words: Sequence[str]) -> str:
 
 
 # -------------------------------------------------------------------------------------------- processes and devices
-def process_state(device: str | None) -> PartialState:
+def process_state(device: str | None, timeout: float = 30.0) -> PartialState:
     """accelerate's view of this process: rank, device, process group (gloo on a CPU).
+
+    timeout: minutes after which a process that does not answer counts as lost.
 
     Raises ValueError when the launcher started several processes and they do not see each other: each would prune
     the whole model for itself and all would write the same folder.
@@ -415,7 +475,7 @@ def process_state(device: str | None) -> PartialState:
 
     wanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     cpu = wanted or device == "cpu" or not torch.accelerator.is_available()
-    state = PartialState(cpu=cpu)
+    state = PartialState(cpu=cpu, timeout=datetime.timedelta(minutes=timeout))
     announced = int(os.environ.get("WORLD_SIZE", "1"))
     if announced != state.num_processes:
         raise ValueError(
@@ -457,20 +517,9 @@ def on_main(state: PartialState, work: Callable[[], None]) -> None:
     if state.num_processes == 1:
         work()
         return
-    from accelerate.utils import broadcast_object_list
+    from . import ranks
 
-    outcome: list[str | None] = [None]
-    cause: ValueError | None = None
-    if state.is_main_process:
-        try:
-            work()
-        except ValueError as error:
-            outcome, cause = [str(error)], error
-    broadcast_object_list(outcome)
-    if cause is not None:
-        raise cause
-    if outcome[0] is not None:
-        raise _Told(outcome[0])
+    ranks.together(work)
 
 
 @contextlib.contextmanager
@@ -479,12 +528,18 @@ def _keeping(blocks: Path, resumed: bool) -> Iterator[None]:
 
     resumed: the blocks are an earlier run's, and the error may be that they do not belong to this one: they stay.
     """
+    from . import ranks, streams
+
+    def kept() -> str:
+        count = len(list(blocks.glob("*.safetensors"))) if blocks.is_dir() else 0
+        return f"{count} finished blocks are kept: the same command with --resume goes on after them." if count else ""
+
     try:
         yield
     except KeyboardInterrupt as stop:
-        count = len(list(blocks.glob("*.safetensors")))
-        more = f" {count} finished blocks are kept: the same command with --resume goes on after them." if count else ""
-        raise KeyboardInterrupt(more) from stop
+        raise type(stop)(f" {kept()}".rstrip()) from stop
+    except (streams.NotSaved, ranks.Lost) as error:
+        raise type(error)(f"{error} {kept()}".rstrip()) from error
     except ValueError:
         if not resumed and os.environ.get("RANK", "0") == "0":
             shutil.rmtree(blocks, ignore_errors=True)
@@ -545,8 +600,14 @@ def _probe(loaded: Loaded) -> Any:
 
 def output_bytes(loaded: Loaded) -> int:
     """Bytes of the weights that `loaded.save` writes, up to the file header."""
-    tensors = {t.data_ptr(): t for t in loaded.stored_state().values()}  # a tied tensor is stored once
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    names = loaded.checkpoint_names()
+    tensors = {(t.data_ptr() or n): (n, t) for n, t in loaded.module.state_dict().items()}  # tied: stored once
+
+    def size(name: str, tensor: torch.Tensor) -> int:
+        kind = loaded.stored_dtypes.get(names[name], loaded.dtype) if tensor.is_floating_point() else tensor.dtype
+        return tensor.numel() * kind.itemsize
+
+    return sum(size(name, tensor) for name, tensor in tensors.values())
 
 
 def _images(chosen: Run, args: Mapping[str, Any], state: PartialState) -> ImageSet:
@@ -638,15 +699,53 @@ def _classes(calibration: ImageSet, loaded: Loaded, chosen: Run) -> Any:
         return None  # `auto` then samples labels from the model, and the report says so
 
 
-def _batches(calibration: ImageSet, loaded: Loaded, chosen: Run) -> list[Any]:
-    """The calibration batches. Raises ValueError where there are too few images to learn from."""
-    from . import ranks
+def _batches(calibration: ImageSet, loaded: Loaded, chosen: Run) -> Iterator[Any]:
+    """The calibration batches, decoded when they are asked for."""
     from .calibration import batches
 
-    made = list(batches(calibration, loaded, chosen.recipe.batch_size, _classes(calibration, loaded, chosen)))
-    if ranks.agree(calibration.yielded) < 2:
-        raise ValueError(f"--dataset {chosen.dataset} gave one usable image; calibration needs at least 2.")
-    return made
+    return batches(calibration, loaded, chosen.recipe.batch_size, _classes(calibration, loaded, chosen))
+
+
+def _enough(progress: Progress, calibration: ImageSet, chosen: Run) -> Callable[[Mapping[str, Any]], None]:
+    """`progress`, and a ValueError where all ranks together have too few images to learn from."""
+    from . import ranks
+
+    def told(event: Mapping[str, Any]) -> None:
+        if event["event"] == "images" and ranks.agree(calibration.yielded) < 2:
+            raise ValueError(f"--dataset {chosen.dataset} gave one usable image; calibration needs at least 2.")
+        progress(event)
+
+    return told
+
+
+def _limits(args: Mapping[str, Any]) -> float:
+    """Minutes to wait for a silent process. Raises ValueError for it, or a budget of memory, that is no amount."""
+    from .streams import size
+
+    for flag in ("host_memory", "device_memory"):
+        try:
+            size(args.get(flag))
+        except ValueError as error:
+            raise ValueError(f"--{flag.replace('_', '-')} {error}") from error
+    minutes = args.get("timeout", 30.0)
+    if not isinstance(minutes, float) or not minutes > 0:
+        raise ValueError(f"--timeout {minutes}: expected minutes, a number above 0.")
+    return minutes
+
+
+def _predicted(
+    loaded: Loaded, selection: Any, chosen: Run, budgets: Mapping[str, Any], state: PartialState
+) -> tuple[int, str]:
+    """Bytes of memory at the widest point, and the plan's line about them."""
+    from . import memory
+    from .streams import size
+
+    samples = -(-chosen.recipe.samples // state.num_processes)
+    held = 0 if chosen.no_eval else memory.model_bytes(loaded.module)  # the dense model, to compare with
+    host, device = size(budgets["host_memory"]), size(budgets["device_memory"])
+    peak, found = memory.predict(loaded.module, selection, chosen.recipe, samples, host=host, device=device,
+                                 beside=held)  # fmt: skip
+    return peak, memory.line(peak, found, samples, host)
 
 
 def _counts(calibration: ImageSet) -> tuple[int, int]:

@@ -75,7 +75,8 @@ def importance(
             for key, value in _influence(model, modules, sites, part, probes, seed, gather, rows, counts).items():
                 pieces.setdefault(key, []).append(value)
         found.append({key: torch.cat(values) for key, values in pieces.items()})
-    for key in found[0] if found else ():
+    # a rank without images takes part in the sums all the same
+    for key in dict.fromkeys(k for keys in ranks.gather(list(found[0]) if found else []) for k in keys):
         total = torch.zeros(2, dtype=torch.float64)
         for weights in found:
             total += torch.tensor(
@@ -85,10 +86,20 @@ def importance(
         mean = float(total[0] / total[1])
         for weights in found:
             weights[key] = (1 - share) + share * weights[key] / mean if mean > 0 else torch.ones_like(weights[key])
+    if ranks.world_size() > 1:  # the same ones in the same order, on a rank without images too
+        known = {key: places for ms in ranks.gather([(k, m.rows) for k, m in moments.items()]) for key, places in ms}
+        for key, places in known.items():
+            width = max(r.stop for r in places.values())
+            moments.setdefault(key, Metric(places, torch.zeros(width, width, device=_device(model))))
+        moments = {key: moments[key] for key in known}
     ranks.sum_([m.moment for m in moments.values()])
     for m in moments.values():
         scale = m.moment.diagonal().mean().clamp_min(torch.finfo(m.moment.dtype).tiny)
         m.moment = (1 - metric) * torch.eye(len(m.moment)).to(m.moment) + metric * m.moment / scale
+    if ranks.world_size() > 1:
+        sizes = {name: width for rs in ranks.gather([(n, len(r)) for n, r in rows.items()]) for name, width in rs}
+        rows = {name: rows.get(name, torch.zeros(width, device=_device(model))) for name, width in sizes.items()}
+        counts = {name: counts.get(name, 0.0) for name in sizes}
     ranks.sum_(rows.values())
     return Influence(found, moments, {name: r / ranks.agree(counts[name]) for name, r in rows.items()})
 

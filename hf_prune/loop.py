@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import allocation, methods, permute, ranks, resume, sites, staged, walk
+from . import allocation, memory, methods, microbatch, permute, ranks, resume, sites, staged, streams, walk
 from .collect import Pair, Target, find_junctions, grams, holding
-from .importance import Key, Metric, importance
+from .importance import Influence, Key, Metric, importance
 from .linalg import exact_matmul
 from .objective import Gram
 from .pattern import Pattern, allocate
@@ -141,7 +142,10 @@ def choose(model: nn.Module, batch: Any, recipe: Recipe) -> Selection:
     if not pruned:
         why = "; ".join(sorted(set(reasons.values()))[:4])
         raise ValueError(f"no weight of this model can follow {pattern}: {why}.")
-    budgets = allocate(pattern, [s.read(named[s.parameter]) for s in pruned], staged.kernels(pruned))
+    if pattern.m or pattern.scope != "model":  # reading them all is a copy of the model
+        budgets = [pattern] * len(pruned)
+    else:
+        budgets = allocate(pattern, [s.read(named[s.parameter]) for s in pruned], staged.kernels(pruned))
     patterns = {s.name: p for s, p in zip(pruned, budgets, strict=True)}
     unit_of = {s.name: u.name for u in made for s in u.sites}
     rows = []
@@ -172,6 +176,10 @@ def prune(
     *,
     progress: Callable[[dict[str, Any]], None] | None = None,
     checkpoint: str | Path | None = None,
+    host_memory: int | str | None = None,
+    device_memory: int | str | None = None,
+    spill: str | Path | None = None,
+    blocks: int | None = None,
 ) -> Report:
     """Prune `model` in place.
 
@@ -180,23 +188,34 @@ def prune(
     reads.  For fresh images at every stage: a function of the stage's number that returns them.
     checkpoint: a folder; every finished block is kept there, and a later call with the same model, batches and recipe
     goes on after the last one, to the same result bit for bit.
+    host_memory, device_memory: what the process may use at most (bytes, or "4GiB"); images and activations beyond it
+    wait in a file in the folder `spill`, and fewer images are computed at once.  blocks: stop after that many.
     Raises ValueError, in one sentence, for everything a user can mend.
     """
     tell = progress or (lambda event: None)
     began = time.perf_counter()
     torch.manual_seed(recipe.seed)
+    ranks.check()
     draw = batches if callable(batches) else None
-    batches = list(draw(0) if draw else batches)
-    labels = staged.labels_of(batches)
-    batches = [b[0] if isinstance(b, (tuple, list)) else b for b in batches]
-    if not batches:
-        raise ValueError("no calibration batch was given; at least one image is needed.")
+    store = streams.Store(folder=spill or checkpoint)
+    budgets = streams.size(host_memory), streams.size(device_memory)
+    given = iter(draw(0) if draw else batches)
+    first = list(itertools.islice(given, 1))
+    batch = first[0][0] if first and isinstance(first[0], (tuple, list)) else first[0] if first else None
+    small = small_batch(model, batch)
     with exact_matmul():
-        small = sites.cut(batches[0], 0, 2)
         chosen = choose(model, small, recipe)
         target = Target(**recipe.target)
         tell({"event": "start", "layers": len(chosen.patterns)})
         notes: list[str] = []
+        micro = None
+        if any(budgets):
+            limits = memory.limits(model, chosen, recipe, *budgets)
+            store.budget, micro = limits.streams, limits.images
+            notes += limits.notes
+        batches, labels = streams.take(store, itertools.chain(first, given), micro)
+        images = sum(len(sites._tensors(b)[0]) for b in batches)
+        tell({"event": "images", "images": images})
         if recipe.allocation in allocation.CONFIRMED:
             tell({"event": "stage", "text": f"trying the allocation {recipe.allocation}"})
             chosen.patterns = allocation.confirm(model, batches, labels, chosen, recipe, notes)
@@ -213,15 +232,15 @@ def prune(
         told: list[dict[str, Any]] = []
         if staged.wanted(recipe):
 
-            def blocks(recipe: Recipe, patterns: dict[str, Any]) -> list[dict]:
+            def walked(recipe: Recipe, patterns: dict[str, Any]) -> list[dict]:
                 return run(model, batches, recipe, replace(chosen, patterns=patterns), target, lambda event: None, None)
 
-            layers, told = staged.prune(model, batches, labels, recipe, chosen.units, tell, blocks, draw, notes)
+            layers, told = staged.prune(model, list(batches), labels, recipe, chosen.units, tell, walked, draw, notes)
         else:
-            layers = run(model, batches, recipe, chosen, target, tell, Path(checkpoint) if checkpoint else None)
+            folder = Path(checkpoint) if checkpoint else None
+            layers = run(model, batches, recipe, chosen, target, tell, folder, store, blocks)
     done = {entry["name"]: entry for entry in layers}
     rows = [done.get(r.name) or dense_entry(r) for r in chosen.plan.rows]
-    images = sum(len(sites._tensors(b)[0]) for b in batches)
     return Report(
         layers=rows,
         resources={
@@ -238,6 +257,23 @@ def prune(
     )
 
 
+def small_batch(model: nn.Module, batch: Any) -> Any:
+    """Two images to look at the model with: on every rank the same ones, the first that a rank has.
+
+    batch: this rank's first, or None where there are fewer images than ranks.  Raises ValueError where no rank has any.
+    """
+    small = None if batch is None else sites.cut(batch, 0, 2)
+    have = ranks.gather(small is not None)
+    if not any(have):
+        raise ValueError("no calibration batch was given; at least one image is needed.")
+    if len(have) == 1:
+        return small
+    host = torch.utils._pytree.tree_map(lambda t: t.cpu() if torch.is_tensor(t) else t, small)
+    device = next(model.parameters()).device
+    told = ranks.told(host, have.index(True))
+    return torch.utils._pytree.tree_map(lambda t: t.to(device) if torch.is_tensor(t) else t, told)
+
+
 def dense_entry(row: Row) -> dict[str, Any]:
     return {"name": row.name, "shape": list(row.shape), "pattern": None, "kept": row.numel, "total": row.numel,
             "error_before": None, "error_after": None, "weight_norm_ratio": 1.0, "seconds": 0.0,
@@ -245,13 +281,13 @@ def dense_entry(row: Row) -> dict[str, Any]:
 
 
 def run(
-    model: nn.Module, batches: list[Any], recipe: Recipe, chosen: Selection, target: Target, tell: Any,
-    folder: Path | None,
+    model: nn.Module, batches: Sequence[Any], recipe: Recipe, chosen: Selection, target: Target, tell: Any,
+    folder: Path | None, store: streams.Store | None = None, blocks: int | None = None,
 ) -> list[dict]:  # fmt: skip
-    """Every unit in turn: prune it, remember it, advance both streams through it."""
+    """Every unit in turn, or the first `blocks`: prune it, remember it, advance both streams through it."""
     named = sites.parameters(model)
     tensors = {**named, **dict(model.named_buffers())}
-    way = walk.Walk(model, chosen.units, chosen.small)
+    way = walk.Walk(model, chosen.units, chosen.small, store)
     chosen.plan.walk = way.mode
     saved = resume.Saved(folder, resume.fingerprint(model, batches, recipe)) if folder else None
     pairs = [Pair(e, e) for e in way.enter(batches)]
@@ -259,12 +295,13 @@ def run(
     if "gram" in evidence(recipe) and (target.importance > 0 or target.metric > 0):
         tell({"event": "stage", "text": "weighing samples by their influence on the output"})
         every = [s for u in chosen.units for s in u.sites]
-        found = importance(model, every, batches, target.importance, target.metric, seed=recipe.seed)
+        found = weigh(model, every, batches, target, recipe.seed, saved)
         metrics = found.metrics
         for pair, w in zip(pairs, found.weights, strict=True):
-            pair.weights = w
+            pair.weights = streams.Lazy(way.store.keep(w))
         if recipe.allocation == "influence":
-            few = batches[: max(1, 64 // len(sites._tensors(batches[0])[0]))]  # its budgets need few images
+            # its budgets need few images
+            few = list(batches[: max(1, 64 // len(sites._tensors(batches[0])[0]))]) if batches else []
             chosen = replace(chosen, patterns=allocation.influence(model, every, few, chosen.patterns, found))
     elif recipe.allocation == "influence":
         raise ValueError(
@@ -272,37 +309,76 @@ def run(
         )
     small = way.enter([chosen.small])[0]
     del batches
+    whole = len(pairs)
+    if "window" in evidence(recipe) and not all(ranks.gather(whole)):
+        raise ValueError(f"{ranks.world_size()} processes need an image each for this recipe; start fewer, or more "
+                         "--samples.")  # fmt: skip
     dense: dict[str, Tensor] = {}
+    lasting = walk.shared(model, chosen.units)
     report: list[dict] = []
 
     def done(unit: walk.Unit, entry: dict) -> None:
         report.append(entry)
         tell({"event": "layer", "block": unit.name, "index": len(report), "layers": len(chosen.patterns), **entry})
 
-    for i, unit in enumerate(chosen.units):
+    for i, unit in enumerate(chosen.units[:blocks]):
         if way.mode != "prefix":
-            dense.clear()
+            dense = {n: t for n, t in dense.items() if n in lasting}
         names = [n for s in unit.sites for n in (s.parameter, s.bias, s.norm) if n]
         dense |= {n: tensors[n].detach().clone() for n in names}
-        entries = saved.restore(unit.name, {n: tensors[n] for n in names}) if saved else None
-        if entries is None:
-            entries = Block(way, i, unit, pairs, small, dense, recipe, target, chosen.patterns, metrics).prune(
-                tensors, functools.partial(done, unit)
-            )
-            if saved and ranks.is_main():
-                saved.add(unit.name, {n: tensors[n] for n in names}, entries)
+        facts = saved.restore(unit.name, {n: tensors[n] for n in names}) if saved else None
+        if facts is None:
+            block = Block(way, i, unit, pairs, small, dense, recipe, target, chosen.patterns, metrics,
+                          chosen.small, tell)  # fmt: skip
+            entries = microbatch.again(block.prune, block, tensors, names, report, functools.partial(done, unit))
+            if saved:
+                sizes = ranks.gather(microbatch.sizes(way, i, pairs, chosen.small) if len(pairs) != whole else None)
+                saved.add(unit.name, {n: tensors[n] for n in names}, {"entries": entries, "sizes": sizes})
         else:
-            for entry in entries:
+            microbatch.like(way, i, pairs, facts["sizes"][ranks.rank()], chosen.small)
+            for entry in facts["entries"]:
                 done(unit, entry)
         small = way.advance(i, small)
-        if i + 1 < len(chosen.units) and uses_activations(recipe):
+        if i + 1 < len(chosen.units[:blocks]) and uses_activations(recipe):
             two = recipe.refine is not None or target.mix > 0
-            for pair in pairs:
+
+            def step(pair: Pair, i: int = i, two: bool = two, dense: dict[str, Tensor] = dense) -> None:
                 with holding(model, dense):
                     after = way.advance(i, pair.dense) if two else None
-                pair.pruned = way.advance(i, pair.pruned)
-                pair.dense = pair.pruned if after is None else after
+                pruned = way.advance(i, pair.pruned)
+                pair.dense, pair.pruned = pruned if after is None else after, pruned
+
+            pairs = microbatch.advance(way, i, pairs, step, chosen.small, tell)
     return report
+
+
+def weigh(
+    model: nn.Module, every: list[sites.Site], batches: Any, target: Target, seed: int, saved: resume.Saved | None
+) -> Influence:
+    """The importance of samples and directions, from the folder of a stopped run where that has got so far."""
+    if saved is None or ranks.world_size() > 1:  # each rank has its own; they are computed again
+        return importance(model, every, batches, target.importance, target.metric, seed=seed)
+    keys = list(dict.fromkeys((s.source, s.conv) for s in every))
+    kept = saved.kept("importance", len(batches) + 1)
+    if kept is None:
+        found = importance(model, every, batches, target.importance, target.metric, seed=seed)
+        last = {f"out {n}": t for n, t in found.rows.items()}
+        for key, metric in found.metrics.items():
+            last[f"moment {keys.index(key)}"] = metric.moment
+            for n, rows in metric.rows.items():
+                last[f"rows {keys.index(key)} {n}"] = torch.tensor([rows.start, rows.stop])
+        parts = [{str(keys.index(key)): w for key, w in part.items()} for part in found.weights]
+        saved.keep("importance", [*parts, last])
+        return found
+    *parts, last = kept
+    weights = [{key: part[str(k)] for k, key in enumerate(keys) if str(k) in part} for part in parts]
+    metrics: dict[Key, Metric] = {}
+    for s in every:
+        for k, key in enumerate(keys):
+            if f"rows {k} {s.name}" in last:
+                metric = metrics.setdefault(key, Metric({}, last[f"moment {k}"]))
+                metric.rows[s.name] = slice(*last[f"rows {k} {s.name}"].tolist())
+    return Influence(weights, metrics, {n[4:]: t for n, t in last.items() if n.startswith("out ")})
 
 
 def evidence(recipe: Recipe) -> set[str | None]:
@@ -331,6 +407,8 @@ class Block:
     target: Target
     patterns: dict[str, Pattern]
     metrics: dict[Key, Metric]
+    batch: Any = None  # two images, of which `small` is the entry
+    tell: Any = None
 
     def prune(self, tensors: dict[str, Tensor], done: Callable[[dict], None]) -> list[dict]:
         gram = "gram" in evidence(self.recipe)
@@ -339,15 +417,20 @@ class Block:
         if gram and self.target.residual:
             find_junctions(self.way, self.unit, self.small)
         for n, stage in enumerate(self.unit.stages):
-            began = time.perf_counter()
+            began, sent = time.perf_counter(), ranks.sent
             found: Sequence[Gram | None] = [None] * len(stage)
             if gram:
-                found = grams(self.way, self.index, stage, self.pairs, self.dense, self.target, touched=n > 0)
+                found = microbatch.with_less(
+                    functools.partial(grams, self.way, self.index, stage, self.pairs, self.dense, self.target, n > 0),
+                    self.way, self.index, self.pairs, self.batch, self.tell,
+                )  # fmt: skip
             for group in self.together(stage, found):
                 for site, entry, mask in self.layers(group, tensors):
                     masks[site.name] = mask
                     entry["seconds"] = time.perf_counter() - began
-                    began = time.perf_counter()
+                    if ranks.world_size() > 1:  # a stage's sums are counted with its first layer
+                        entry["sent_bytes"] = ranks.sent - sent
+                    began, sent = time.perf_counter(), ranks.sent
                     entries.append(entry)
                     done(entry)
         if self.recipe.refine:
@@ -419,7 +502,7 @@ class Block:
 
     def select(self, site: sites.Site, tensors: dict[str, Tensor], gram: Gram | None) -> methods.Draft:
         problem = methods.Problem(site.read(tensors[site.parameter]), self.patterns[site.name], gram)
-        return call("select", self.recipe.mask, problem)
+        return divided("select", self.recipe.mask, problem)
 
     def layer(
         self, site: sites.Site, tensors: dict[str, Tensor], gram: Gram | None, draft: methods.Draft
@@ -433,7 +516,7 @@ class Block:
                     site.write(tensors[site.parameter], draft.weight)
                     window = objective = self.window([site], methods.options("solve", name) | self.recipe.solve)
                 problem = methods.Problem(weight, self.patterns[site.name], objective)
-                new = call("solve", self.recipe.solve, problem, draft)
+                new = divided("solve", self.recipe.solve, problem, draft)
         except ValueError as e:
             raise ValueError(str(e) if site.name in str(e) else f"{site.name}: {e}") from e
         return self.write(site, tensors, gram, draft, new, window)
@@ -468,6 +551,35 @@ class Block:
                 with torch.no_grad():
                     tensors[name].add_((shift if site.bias else -shift).to(tensors[name]))
         return site, entry, draft.mask
+
+
+def rows_apart(role: dict[str, Any], pattern: Pattern, objective: Any) -> bool:
+    """Whether the rows of a layer are problems of their own, so that the ranks may divide them."""
+    alone = isinstance(objective, Gram) and objective.metric is None and objective.weight.shape[0] == 1
+    return alone and bool(pattern.m or pattern.scope == "row") and role["method"] in methods.ROWS_APART
+
+
+def divided(kind: str, role: dict[str, Any], problem: methods.Problem, *draft: methods.Draft) -> Any:
+    """`call`, each rank working on its rows where they are apart; every rank then holds the result of all."""
+    if ranks.world_size() == 1 or not rows_apart(role, problem.pattern, problem.objective):
+        return call(kind, role, problem, *draft)
+    rows = ranks.shares(problem.weight.shape[1])
+    first = sum(rows[: ranks.rank()])
+    mine = slice(first, first + rows[ranks.rank()])
+    g = problem.objective
+    part = replace(g, weight=g.weight[:, mine], xd=g.xd[..., mine], dd=g.dd[:, mine], sd=g.sd[:, mine])
+    weight = problem.weight[:, mine]
+    own = methods.Problem(weight, problem.pattern, part)
+    if kind == "solve":
+        new = torch.zeros_like(weight)
+        if rows[ranks.rank()]:
+            new = call(kind, role, own, *(methods.Draft(d.weight[:, mine], d.mask[:, mine]) for d in draft))
+        return ranks.gather_rows(new[0], rows)[None]
+    made = methods.Draft(torch.zeros_like(weight), torch.zeros_like(weight, dtype=torch.bool))
+    if rows[ranks.rank()]:
+        made = call(kind, role, own)
+    masks = ranks.gather_rows(made.mask[0].to(torch.uint8), rows)[None].bool()
+    return methods.Draft(ranks.gather_rows(made.weight[0], rows)[None], masks)
 
 
 def call(kind: str, role: dict[str, Any], *problem: Any) -> Any:

@@ -8,6 +8,7 @@ give the same outputs up to rounding is put back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +119,7 @@ def problem(score: Tensor, member: Member, c: Channels) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
-def moments(model: nn.Module, sites: list[Site], batches: list[Any], diagonal: bool) -> dict[str, Tensor]:
+def moments(model: nn.Module, sites: list[Site], batches: Sequence[Any], diagonal: bool) -> dict[str, Tensor]:
     """sum x xᵀ of the inputs of each site (groups, in, in), or its diagonal (groups, in), in the dense network."""
     at = {(s.parameter, s.rows): s for s in sites}
     sums: dict[str, Tensor] = {}
@@ -140,7 +141,9 @@ def moments(model: nn.Module, sites: list[Site], batches: list[Any], diagonal: b
     return sums
 
 
-def scores(model: nn.Module, sites: list[Site], batches: list[Any], kind: str, options: Options) -> dict[str, Tensor]:
+def scores(
+    model: nn.Module, sites: list[Site], batches: Sequence[Any], kind: str, options: Options
+) -> dict[str, Tensor]:  # fmt: skip
     """What each weight is worth, by parameter, in the parameter's own layout; not negative."""
     named = parameters(model)
     data = moments(model, sites, batches, kind == "activation") if kind != "magnitude" else {}
@@ -164,7 +167,7 @@ def scores(model: nn.Module, sites: list[Site], batches: list[Any], kind: str, o
 # ----------------------------------------------------------------------------------------------------------- the whole
 def permute(
     model: nn.Module,
-    batches: list[Any],
+    batches: Sequence[Any],
     sites: list[Site],
     patterns: dict[str, Pattern],
     score: str,

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+sent = 0  # bytes that this rank has handed to the others, since the process began
+
+
+class Lost(RuntimeError):
+    """Another process has ended, or has not answered within the time limit: the run cannot go on."""
+
+
+class Told(ValueError):
+    """Raised on the other ranks for what rank 0 says."""
 
 
 def world_size() -> int:
@@ -22,18 +34,43 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def check() -> None:
+    """Raises ValueError where a launcher started several processes that do not know of each other."""
+    announced = int(os.environ.get("WORLD_SIZE", "1"))
+    if announced > 1 and announced != world_size():
+        raise ValueError(
+            f"the launcher announces {announced} processes (WORLD_SIZE), but the process group has {world_size()}: "
+            "they would work side by side without knowing of each other. Call "
+            "torch.distributed.init_process_group first, or unset WORLD_SIZE."
+        )
+
+
+def _across(what: Callable[[], Any], sends: int) -> None:
+    """One collective operation.  Raises Lost where another process does not take part in it."""
+    global sent
+    try:
+        what()
+    except RuntimeError as e:  # gloo: connection closed, timed out; NCCL: DistBackendError, of the same class
+        raise Lost(
+            f"rank {rank()} of {world_size()} lost the others: a process has ended, or has not answered in time "
+            f"({str(e).strip().splitlines()[0][:200]})."
+        ) from e
+    sent += sends
+
+
 def sum_(tensors: Iterable[Tensor]) -> int:
     """Add each tensor over all ranks, in place.  Returns the bytes this rank contributed."""
-    sent = 0
+    total = 0
     if world_size() > 1:
         for t in tensors:
             # NCCL carries device memory only
-            there = t.cuda() if dist.get_backend() == "nccl" and not t.is_cuda else t
-            dist.all_reduce(there)
+            there = t.cuda() if dist.get_backend() == "nccl" and not t.is_cuda else t.contiguous()
+            size = t.numel() * t.element_size()
+            _across(functools.partial(dist.all_reduce, there), size)
             if there is not t:
                 t.copy_(there)
-            sent += t.numel() * t.element_size()
-    return sent
+            total += size
+    return total
 
 
 def gather(value: Any) -> list[Any]:
@@ -41,7 +78,7 @@ def gather(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     out: list[Any] = [None] * world_size()
-    dist.all_gather_object(out, value)
+    _across(lambda: dist.all_gather_object(out, value), 0)
     return out
 
 
@@ -54,8 +91,54 @@ def gather_rows(part: Tensor, sizes: list[int]) -> Tensor:
     mine = part.new_zeros(widest, *part.shape[1:], device=device)
     mine[: len(part)] = part.to(device)
     out = [torch.empty_like(mine) for _ in sizes]
-    dist.all_gather(out, mine)
+    _across(lambda: dist.all_gather(out, mine), mine.numel() * mine.element_size())
     return torch.cat([t[:n] for t, n in zip(out, sizes, strict=True)]).to(part.device)
+
+
+def shares(count: int) -> list[int]:
+    """How many of `count` independent problems each rank takes: as equal as can be, the first ranks one more."""
+    each, more = divmod(count, world_size())
+    return [each + (r < more) for r in range(world_size())]
+
+
+def broadcast(t: Tensor, source: int = 0) -> None:
+    """Rank `source`'s values into every rank's `t`, in place."""
+    if world_size() == 1:
+        return
+    there = t.detach().cuda() if dist.get_backend() == "nccl" and not t.is_cuda else t.detach().contiguous()
+    size = t.numel() * t.element_size() if rank() == source else 0
+    _across(lambda: dist.broadcast(there, source), size)
+    if there.data_ptr() != t.data_ptr():
+        with torch.no_grad():
+            t.copy_(there)
+
+
+def told(value: Any, source: int = 0) -> Any:
+    """Rank `source`'s picklable value, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    _across(lambda: dist.broadcast_object_list(box, source), 0)
+    return box[0]
+
+
+def together(work: Callable[[], None]) -> None:
+    """Do something on rank 0 alone; where it raises ValueError or OSError, every rank does, so that none is left
+    waiting."""
+    if world_size() == 1:
+        work()
+        return
+    failure: Exception | None = None
+    if is_main():
+        try:
+            work()
+        except (ValueError, OSError) as e:
+            failure = e
+    said = told(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    if said is not None:
+        raise Told(said)
 
 
 def agree(value: float) -> float:

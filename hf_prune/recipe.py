@@ -40,6 +40,7 @@ COMMAND_ONLY = (
     *("model", "recipe", "set", "revision", "token", "trust_remote_code", "output_dir"),
     *("dry_run", "resume", "overwrite", "quiet", "verbose", "version", "compressed", "compressed_only", "report"),
     *("push_to_hub", "push_revision", "private", "create_pr", "commit_message"),
+    *("host_memory", "device_memory", "timeout"),
 )
 NESTED = ("target", "fisher")  # keys that hold a mapping of options
 ROLES = ("mask", "solve", "refine")  # keys that name a method of hf_prune/methods and its options

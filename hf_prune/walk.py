@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .sites import Found, Site, Stop, feed, quiet
+from .streams import Spilled, Store, load
 
 
 @dataclass
@@ -123,6 +124,20 @@ def units(model: nn.Module, found: Found, wanted: list[Site], batch: Any) -> tup
     return result, reasons
 
 
+def shared(model: nn.Module, units: list[Unit]) -> set[str]:
+    """Names of the units' weights and biases that something outside their unit uses too, because they are tied."""
+    names: dict[int, list[str]] = {}
+    for n, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(n)
+    return {
+        own
+        for unit in units
+        for s in unit.sites
+        for own in (s.parameter, s.bias)
+        if own and any(not n.startswith(unit.name + ".") for n in names[id(model.get_parameter(own))])
+    }
+
+
 def _called(name: str, calls: dict[str, int]) -> str:
     """The module of that name, or the nearest around it that is called: attention may not call its out_proj."""
     while name and name not in calls:
@@ -133,14 +148,14 @@ def _called(name: str, calls: dict[str, int]) -> str:
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size, nn.Module)
 
 
-def _map(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
+def _map(change: Callable[[Any], Any], tree: Any) -> Any:
     """`change` every tensor.  A tensor handed over twice stays one, because `key is value` selects another path in
     nn.MultiheadAttention; objects a forward may write into, such as key-value caches, are copied."""
     made: dict[int, Any] = {}
 
     def one(leaf: Any) -> Any:
         if id(leaf) not in made:
-            if torch.is_tensor(leaf):
+            if torch.is_tensor(leaf) or isinstance(leaf, Spilled):
                 made[id(leaf)] = change(leaf)
             else:
                 made[id(leaf)] = leaf if isinstance(leaf, PLAIN) or callable(leaf) else copy.deepcopy(leaf)
@@ -186,10 +201,13 @@ def _hooks(*handles: Any) -> Iterator[None]:
 
 
 class Walk:
-    """Runs one unit at a time.  `batch`: a small batch on which every form of replay is checked before it is used."""
+    """Runs one unit at a time.  `batch`: a small batch on which every form of replay is checked before it is used.
 
-    def __init__(self, model: nn.Module, units: list[Unit], batch: Any) -> None:
-        self.model, self.units = model, units
+    store: where activations wait between units; by default in host memory, however much there are.
+    """
+
+    def __init__(self, model: nn.Module, units: list[Unit], batch: Any, store: Store | None = None) -> None:
+        self.model, self.units, self.store = model, units, store or Store()
         self.device = next(model.parameters()).device
         self.specs: dict[tuple, list[Any]] = {}
         self.links: list[dict[str, Any]] = []
@@ -198,6 +216,15 @@ class Walk:
             inputs, outputs = self._record(batch)
             self.mode = "chain"
             self._check(batch, inputs, outputs)
+
+    @classmethod
+    def unchecked(cls, model: nn.Module, units: list[Unit]) -> Walk:
+        """Units that are run by themselves, on arguments recorded from a forward; nothing is carried on to the next."""
+        way = cls.__new__(cls)
+        way.model, way.units, way.store = model, units, Store()
+        way.device = next(model.parameters()).device
+        way.specs, way.links, way.behind, way.mode = {}, [], False, "chain"
+        return way
 
     # -- choosing the form
 
@@ -286,7 +313,7 @@ class Walk:
             for batch in batches:
                 entry: dict[str, Any] = {}
                 if self.mode != "chain":
-                    entry["batch"] = _clone(batch)
+                    entry["batch"] = self._keep(batch)
                 if self.mode == "splice":
                     entry["outputs"] = []
                 if self.mode != "prefix":
@@ -403,11 +430,11 @@ class Walk:
         raise AssertionError("the forward ended before the unit was reached")
 
     def _keep(self, tree: Any) -> Any:
-        return _map(lambda t: t.detach().to("cpu", copy=True), tree)
+        return self.store.keep(_map(lambda t: t.detach().to("cpu", copy=True), tree))
 
     def _place(self, tree: Any) -> Any:
         # a copy even where the device is the host: a block may write into its arguments
-        return _map(lambda t: t.detach().to(self.device, copy=True), tree)
+        return _map(lambda t: load(t).to(self.device, copy=torch.is_tensor(t)).detach(), tree)
 
 
 def _is_spec(s: Any) -> bool:

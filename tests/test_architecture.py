@@ -19,6 +19,8 @@ MODEL = {
     "walk",
     "junction",
     "streams",
+    "microbatch",
+    "memory",
     "collect",
     "ranks",
     "loop",

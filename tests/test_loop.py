@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from hf_prune import sites
+from hf_prune import loop, sites
 from hf_prune.loop import Recipe, plan, prune
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -196,13 +196,13 @@ def test_resuming_another_run_is_refused_with_the_difference(tmp_path):
     original = state(model)
     prune(model, images(), DEFAULT, checkpoint=tmp_path)
     model.load_state_dict(original)
-    with pytest.raises(ValueError, match=r"another run \(recipe differ\)"):
+    with pytest.raises(ValueError, match=r"another run: recipe.nm was 2:4, is 1:4\."):
         prune(model, images(), Recipe(nm="1:4"), checkpoint=tmp_path)
-    with pytest.raises(ValueError, match=r"another run \(images differ\)"):
+    with pytest.raises(ValueError, match=r"another run: images was 12 images, sha256 .*, is 8 images"):
         prune(model, images(2), DEFAULT, checkpoint=tmp_path)
     with torch.no_grad():
         model.head.bias.add_(1)
-    with pytest.raises(ValueError, match=r"another run \(weights differ\)"):
+    with pytest.raises(ValueError, match=r"another run: weights was \w+"):
         prune(model, images(), DEFAULT, checkpoint=tmp_path)
 
 
@@ -291,6 +291,29 @@ def test_a_weight_tied_over_two_blocks_is_pruned_once():
     assert names == ["blocks.0.a.weight", "blocks.0.b.weight", "blocks.1.b.weight"]
     assert model.blocks[1].a.weight is model.blocks[0].a.weight
     assert ((model.blocks[1].a.weight != 0).reshape(-1, 4).sum(1) <= 2).all()
+
+
+def test_the_dense_stream_behind_a_tied_weight_is_the_dense_models():
+    """It was pruned two blocks earlier; the dense stream must go through what it was before."""
+    model = Plain()
+    model.blocks.append(Block())
+    model.blocks[2].a.weight = model.blocks[0].a.weight
+    batch = images(1)[0]
+    with torch.no_grad():
+        x = model.blocks[1](model.blocks[0](model.stem(batch).flatten(2).mT))
+        expected = model.blocks[2].a(model.blocks[2].norm(x)).relu()
+    seen = []
+
+    def grams(walk, i, sites_, pairs, *rest):
+        if walk.units[i].name == "blocks.2.b":
+            seen.append(pairs[0].dense["call"][0][0])
+        return real(walk, i, sites_, pairs, *rest)
+
+    real = loop.grams
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "grams", grams)
+        prune(model, [batch], DEFAULT)
+    assert torch.equal(seen[0], expected)
 
 
 # ------------------------------------------------------------------------------------------------------------- ranks

@@ -37,6 +37,8 @@ class Draft(NamedTuple):
 
 
 MASKS = ("magnitude", "wanda", "obs", "sparsegpt", "chita", "obd", "woodfisher", "mfac", "cbs", "alps", "obc")
+# each row of a layer is a problem of its own, so that processes may divide them
+ROWS_APART = {"magnitude", "wanda", "obs", "sparsegpt", "obc", "least_squares"}
 SOLVES = ("least_squares", "snows", "chita")
 
 

@@ -1,0 +1,204 @@
+"""Several processes: the same model as one, whatever their number, and no hang when one is lost."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import nn
+
+from hf_prune import ranks
+from hf_prune.loop import Recipe, prune
+
+if os.name != "posix":
+    pytest.skip("processes are forked", allow_module_level=True)
+
+fork = multiprocessing.get_context("fork")
+DEFAULT = Recipe(nm="2:4")
+METRIC = Recipe(nm="2:4", target={"metric": 0.5})  # the output metric couples rows: masks are divided, solves are not
+SPARSEGPT = Recipe(nm="2:4", mask={"method": "sparsegpt"}, solve=None)
+HALF = Recipe(sparsity=0.5)  # one threshold for a layer: its rows are not divided
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return x + self.b(self.a(self.norm(x)).relu())
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 8), Block(), Block(), nn.Linear(8, 5))
+
+
+def images(n, size=1):
+    return [torch.randn(size, 6, 12, generator=torch.Generator().manual_seed(k)) for k in range(n)]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(rank, size, port, work, answer, seconds):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(size), RANK=str(rank))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
+    try:
+        answer.put((rank, work(rank, size)))
+    except Exception as error:  # noqa: BLE001 - carried to the test
+        answer.put((rank, error))
+    torch.distributed.destroy_process_group()
+
+
+def run(size, work, seconds=60):
+    """What `work(rank, size)` returns or raises on each rank; ranks that were killed are missing."""
+    answer = fork.Queue()
+    port = free_port()
+    processes = [fork.Process(target=start, args=(r, size, port, work, answer, seconds)) for r in range(size)]
+    for p in processes:
+        p.start()
+    found = {}
+    for p in processes:
+        p.join(seconds + 60)
+        assert p.exitcode is not None, "a process hangs"
+    while len(found) < sum(p.exitcode == 0 for p in processes):
+        rank, value = answer.get(timeout=10)
+        found[rank] = value
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm():
+    """What torch imports on first use is then there in every forked child."""
+    prune(network(), images(2), DEFAULT)
+
+
+@pytest.mark.parametrize("size, count", [(2, 5), (3, 5), (4, 3)], ids=["uneven", "three", "fewer images than ranks"])
+@pytest.mark.parametrize(
+    "recipe", [DEFAULT, METRIC, SPARSEGPT, HALF], ids=["default", "metric", "sparsegpt", "unstructured"]
+)
+def test_any_number_of_ranks_gives_the_same_model(recipe, size, count):
+    def work(rank, size):
+        model = network()
+        report = prune(model, images(count)[rank::size], recipe)
+        return {k: v.numpy() for k, v in model.state_dict().items()}, report.layers
+
+    found = run(size, work)
+    assert not [v for v in found.values() if isinstance(v, Exception)], found
+    alone = network()
+    prune(alone, images(count), recipe)
+    for name, w in alone.state_dict().items():
+        for r in range(size):
+            other = torch.from_numpy(found[r][0][name])
+            assert torch.equal(torch.from_numpy(found[0][0][name]), other), "all ranks hold the same bits"
+            assert torch.equal(w != 0, other != 0), f"{name}: the masks differ"
+            assert torch.allclose(w, other, rtol=1e-3, atol=1e-5), name
+    layers = [r for r in found[0][1] if r["pattern"]]
+    assert all(r["sent_bytes"] > 0 for r in layers)
+    sums = 4 * (12 * 12 + 12 + 12 * 8 + 2 * 8) + 8  # xx, sx, xd, dd, sd of the first layer; the count
+    each = 0 if recipe is HALF else (4 + 1) + 4 * (recipe is DEFAULT)  # a weight and its mask; a refit weight
+    assert layers[0]["sent_bytes"] == sums + -(-8 // size) * 12 * each
+
+
+def test_rows_are_divided():
+    def work(rank, size):
+        from hf_prune import loop
+
+        seen = []
+        real = loop.call
+        loop.call = lambda kind, role, *p: (seen.append(tuple(p[0].weight.shape)), real(kind, role, *p))[1]
+        prune(network(), images(3)[rank::size], DEFAULT)
+        return seen
+
+    found = run(3, work)
+    assert [found[r][0] for r in range(3)] == [(1, 3, 12), (1, 3, 12), (1, 2, 12)]
+
+
+def test_a_window_needs_an_image_on_every_rank_and_all_say_so():
+    recipe = Recipe(nm="2:4", mask={"method": "magnitude"}, solve={"method": "snows", "k": 1, "cg": 2})
+    found = run(3, lambda r, s: prune(network(), images(2)[r::s], recipe))
+    assert all("3 processes need an image each" in str(e) for e in found.values()) and len(found) == 3
+
+
+def test_a_rank_that_dies_ends_the_others_with_a_message():
+    def work(rank, size):
+        def tell(event):
+            if event["event"] == "layer" and rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return prune(network(), images(6)[rank::size], DEFAULT, progress=tell)
+
+    began = time.monotonic()
+    found = run(3, work)
+    assert set(found) == {0, 2} and time.monotonic() - began < 30
+    assert all(isinstance(e, ranks.Lost) and "a process has ended" in str(e) for e in found.values()), found
+
+
+def test_a_rank_that_hangs_is_waited_for_no_longer_than_the_time_limit():
+    def work(rank, size):
+        def tell(event):
+            if event["event"] == "layer" and rank == 1:
+                time.sleep(12)
+
+        return prune(network(), images(6)[rank::size], DEFAULT, progress=tell)
+
+    began = time.monotonic()
+    found = run(2, work, seconds=4)
+    assert isinstance(found[0], ranks.Lost) and "has not answered in time" in str(found[0])
+    assert time.monotonic() - began < 40
+
+
+def test_a_mistake_of_rank_0_reaches_all(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    def work(rank, size):
+        return prune(network(), images(4)[rank::size], DEFAULT, checkpoint=tmp_path / "file" / "blocks")
+
+    found = run(2, work)
+    assert isinstance(found[0], OSError) and isinstance(found[1], ranks.Told)
+    assert "cannot be created" in str(found[0]) and str(found[1]) == str(found[0])
+
+
+def test_a_stopped_run_of_two_ranks_resumes_on_both(tmp_path):
+    def stopped(rank, size):
+        def tell(event):
+            if event["event"] == "layer" and event["block"] == "2":
+                raise KeyError("stop")
+
+        return prune(network(), images(4)[rank::size], DEFAULT, progress=tell, checkpoint=tmp_path / "blocks")
+
+    def whole(rank, size):
+        model = network()
+        prune(model, images(4)[rank::size], DEFAULT, checkpoint=tmp_path / ("blocks" if size else ""))
+        return {k: v.numpy() for k, v in model.state_dict().items()}
+
+    def fresh(rank, size):
+        model = network()
+        prune(model, images(4)[rank::size], DEFAULT)
+        return {k: v.numpy() for k, v in model.state_dict().items()}
+
+    run(2, stopped)
+    assert len(list((tmp_path / "blocks").glob("*.safetensors"))) == 2
+    again, once = run(2, whole), run(2, fresh)
+    assert all((again[r][k] == once[r][k]).all() for r in range(2) for k in once[r])
+    found = run(3, whole)
+    assert all("processes was 2, is 3" in str(e) for e in found.values()), found
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"announces 2 processes \(WORLD_SIZE\), but the process group has 1"):
+        prune(network(), images(2), DEFAULT)
+
+
+def test_shares():
+    assert ranks.shares(5) == [5]
