@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--nm", metavar="N:M", help="keep N of every M consecutive weights")
     group.add_argument("--sparsity", metavar="S", type=_number, help="zero a share S of the weights, anywhere")
     group.add_argument("--scope", metavar="SCOPE", help="share per layer (default), row, or whole model")
-    group.add_argument("--allocation", metavar="RULE", help="magnitude, lamp, erk, influence or trace (model)")
+    group.add_argument("--allocation", metavar="RULE", help="magnitude, lamp, erk or trace (of scope model)")
     group.add_argument("--skip", metavar="NAME", action="append", help="keep matching weights dense (repeatable)")
     group.add_argument("--only", metavar="NAME", action="append", help="prune matching weights only (repeatable)")
     group.add_argument("--prune-stem", action="store_true", help="prune the patch embedding or stem too")

@@ -73,11 +73,9 @@ def seconds(
             tell("timing the influence of samples")
             importance(model, every, [few], target.importance, target.metric, seed=recipe.seed)
             started = time.perf_counter()
-            found = importance(model, every, [many], target.importance, target.metric, seed=recipe.seed)
-            metrics = found.metrics
+            found, metrics = importance(model, every, [many], target.importance, target.metric, seed=recipe.seed)
             per_image += (time.perf_counter() - started) / images[1]
-            one = importance(model, every, [few], target.importance, 0.0, seed=recipe.seed)
-            weights = [one.weights[0], found.weights[0]]
+            weights = [importance(model, every, [few], target.importance, 0.0, seed=recipe.seed)[0][0], found[0]]
         if recipe.permute != "none" and recipe.pattern().m:
             tell("timing the order of channels")
             fixed += _permuting(model, batch, every, chosen.patterns, recipe, forward, samples)
@@ -136,15 +134,16 @@ def _permuting(
     samples: int,
 ) -> float:  # fmt: skip
     """Seconds of the order of channels: what is done once, so many rounds, and a forward of so many images."""
-    options = permute.Options(images=2, rounds=1)
+    options = permute.Options(rounds=1)
     spent = []
     for rounds in (1, 1, 5):  # the first run pays for what is set up once
         work = copy.deepcopy(model)
         some = replace(options, rounds=rounds)
-        spent.append(_clock(lambda: permute.permute(work, [batch], every, patterns, recipe.permute, some)))  # noqa: B023
+        args = (work, [batch], every, patterns, recipe.permute, batch, some)
+        spent.append(_clock(lambda: permute.permute(*args)))  # noqa: B023
     default = permute.Options()
     a_round = max(0.0, spent[2] - spent[1]) / 4
-    return spent[1] + a_round * (default.rounds - 1) + 2 * forward * min(samples, default.images)
+    return spent[1] + a_round * (default.rounds - 1) + 2 * forward * samples
 
 
 def _more(batch: Any, images: int) -> Any:

@@ -39,20 +39,11 @@ class Metric:
         return self.moment[index][:, index]
 
 
-@dataclass
-class Influence:
-    """What moves the model's output, and how much, measured by random directions at the output."""
-
-    weights: list[dict[Key, Tensor]]  # for every batch: what each sample of a layer's input weighs; 1 on average
-    metrics: dict[Key, Metric]  # what each direction of a layer's output weighs; 1 on average
-    rows: dict[str, Tensor]  # by site name (groups · out,): squared gradient at each output, averaged over the samples
-
-
 def importance(
     model: nn.Module, sites: list[Site], batches: list[Any], share: float, metric: float = 0.0, probes: int = 2,
     seed: int = 0, micro: int = 8,
-) -> Influence:  # fmt: skip
-    """What each sample, each direction of a layer's output and each output weighs.
+) -> tuple[list[dict[Key, Tensor]], dict[Key, Metric]]:  # fmt: skip
+    """(weights, metrics): what each sample and each direction of a layer's output weighs.
 
     weights: one per sample of each layer's input, for every batch; the mean over all samples is 1.  metrics: the second
     moment of the same gradients, which says in what directions an error at the output moves the model; the mean of its
@@ -64,15 +55,13 @@ def importance(
     modules = dict(model.named_modules())
     moments: dict[Key, Metric] = {}
     gather = moments if metric > 0 else None
-    rows: dict[str, Tensor] = {}
-    counts: dict[str, float] = {}
     found: list[dict[Key, Tensor]] = []
     for batch in batches:
         pieces: dict[Key, list[Tensor]] = {}
         size = len(_tensors(batch)[0])
         for first in range(0, size, micro):
             part = cut(batch, first, first + micro)
-            for key, value in _influence(model, modules, sites, part, probes, seed, gather, rows, counts).items():
+            for key, value in _influence(model, modules, sites, part, probes, seed, gather).items():
                 pieces.setdefault(key, []).append(value)
         found.append({key: torch.cat(values) for key, values in pieces.items()})
     # a rank without images takes part in the sums all the same
@@ -96,17 +85,12 @@ def importance(
     for m in moments.values():
         scale = m.moment.diagonal().mean().clamp_min(torch.finfo(m.moment.dtype).tiny)
         m.moment = (1 - metric) * torch.eye(len(m.moment)).to(m.moment) + metric * m.moment / scale
-    if ranks.world_size() > 1:
-        sizes = {name: width for rs in ranks.gather([(n, len(r)) for n, r in rows.items()]) for name, width in rs}
-        rows = {name: rows.get(name, torch.zeros(width, device=_device(model))) for name, width in sizes.items()}
-        counts = {name: counts.get(name, 0.0) for name in sizes}
-    ranks.sum_(rows.values())
-    return Influence(found, moments, {name: r / ranks.agree(counts[name]) for name, r in rows.items()})
+    return found, moments
 
 
 def _influence(
     model: nn.Module, modules: dict[str, nn.Module], sites: list[Site], part: Any, probes: int, seed: int,
-    moments: dict[Key, Metric] | None, outs: dict[str, Tensor], counts: dict[str, float],
+    moments: dict[Key, Metric] | None,
 ) -> dict[Key, Tensor]:  # fmt: skip
     outputs: dict[int, Tensor] = {}
 
@@ -141,12 +125,9 @@ def _influence(
                 if g is None:
                     g = torch.zeros_like(outputs[k])
                 rows = (g.movedim(1, -1) if sites[k].conv is not None else g).flatten(0, -2)
-                squares, name = rows.square(), sites[k].name
-                influence[k] = influence.get(k, 0) + squares.sum(-1)
-                outs[name] = outs.get(name, 0) + squares.sum(0)
-                counts[name] = counts.get(name, 0.0) + len(rows)
+                influence[k] = influence.get(k, 0) + rows.square().sum(-1)
                 if sites[k].shape[0] == 1:
-                    together.setdefault((sites[k].source, sites[k].conv), {})[name] = rows
+                    together.setdefault((sites[k].source, sites[k].conv), {})[sites[k].name] = rows
             if moments is not None:
                 for key, parts in together.items():
                     add(moments, key, parts)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import allocation, memory, methods, microbatch, permute, ranks, resume, sites, staged, streams, walk
 from .collect import Pair, Target, find_junctions, grams, holding
-from .importance import Influence, Key, Metric, importance
+from .importance import Key, Metric, importance
 from .linalg import exact_matmul
 from .objective import Gram
 from .pattern import Pattern, allocate
@@ -224,7 +224,7 @@ def prune(
             if recipe.pattern().m:
                 tell({"event": "stage", "text": "reordering channels"})
                 wanted = [s for u in chosen.units for s in u.sites]
-                found = permute.permute(model, batches, wanted, chosen.patterns, recipe.permute)
+                found = permute.permute(model, batches, wanted, chosen.patterns, recipe.permute, chosen.small)
                 permutation = permute.told(found, recipe.permute)
                 notes += permute.said(found)
             else:
@@ -295,18 +295,9 @@ def run(
     if "gram" in evidence(recipe) and (target.importance > 0 or target.metric > 0):
         tell({"event": "stage", "text": "weighing samples by their influence on the output"})
         every = [s for u in chosen.units for s in u.sites]
-        found = weigh(model, every, batches, target, recipe.seed, saved)
-        metrics = found.metrics
-        for pair, w in zip(pairs, found.weights, strict=True):
+        weights, metrics = weigh(model, every, batches, target, recipe.seed, saved)
+        for pair, w in zip(pairs, weights, strict=True):
             pair.weights = streams.Lazy(way.store.keep(w))
-        if recipe.allocation == "influence":
-            # its budgets need few images
-            few = list(batches[: max(1, 64 // len(sites._tensors(batches[0])[0]))]) if batches else []
-            chosen = replace(chosen, patterns=allocation.influence(model, every, few, chosen.patterns, found))
-    elif recipe.allocation == "influence":
-        raise ValueError(
-            "--allocation influence: needs target.importance above 0 and a mask or solve that reads calibration images."
-        )
     small = way.enter([chosen.small])[0]
     del batches
     whole = len(pairs)
@@ -354,31 +345,31 @@ def run(
 
 def weigh(
     model: nn.Module, every: list[sites.Site], batches: Any, target: Target, seed: int, saved: resume.Saved | None
-) -> Influence:
+) -> tuple[list[dict[Key, Tensor]], dict[Key, Metric]]:
     """The importance of samples and directions, from the folder of a stopped run where that has got so far."""
     if saved is None or ranks.world_size() > 1:  # each rank has its own; they are computed again
         return importance(model, every, batches, target.importance, target.metric, seed=seed)
     keys = list(dict.fromkeys((s.source, s.conv) for s in every))
     kept = saved.kept("importance", len(batches) + 1)
     if kept is None:
-        found = importance(model, every, batches, target.importance, target.metric, seed=seed)
-        last = {f"out {n}": t for n, t in found.rows.items()}
-        for key, metric in found.metrics.items():
+        weights, metrics = importance(model, every, batches, target.importance, target.metric, seed=seed)
+        last: dict[str, Tensor] = {}
+        for key, metric in metrics.items():
             last[f"moment {keys.index(key)}"] = metric.moment
             for n, rows in metric.rows.items():
                 last[f"rows {keys.index(key)} {n}"] = torch.tensor([rows.start, rows.stop])
-        parts = [{str(keys.index(key)): w for key, w in part.items()} for part in found.weights]
+        parts = [{str(keys.index(key)): w for key, w in part.items()} for part in weights]
         saved.keep("importance", [*parts, last])
-        return found
+        return weights, metrics
     *parts, last = kept
     weights = [{key: part[str(k)] for k, key in enumerate(keys) if str(k) in part} for part in parts]
-    metrics: dict[Key, Metric] = {}
+    metrics = {}
     for s in every:
         for k, key in enumerate(keys):
             if f"rows {k} {s.name}" in last:
                 metric = metrics.setdefault(key, Metric({}, last[f"moment {k}"]))
                 metric.rows[s.name] = slice(*last[f"rows {k} {s.name}"].tolist())
-    return Influence(weights, metrics, {n[4:]: t for n, t in last.items() if n.startswith("out ")})
+    return weights, metrics
 
 
 def evidence(recipe: Recipe) -> set[str | None]:

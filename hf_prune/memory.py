@@ -169,7 +169,7 @@ def needs(model: nn.Module, chosen: Any, recipe: Any) -> Needs:
         kept: dict[Any, Tensor] = {}
         modules = dict(model.named_modules())
         weighing = live(
-            lambda: kept.update(importance._influence(model, modules, every, one, PROBES, 0, None, {}, {}))
+            lambda: kept.update(importance._influence(model, modules, every, one, PROBES, 0, None))
         )
         influence = _bytes(kept)
     way = Walk.unchecked(model, chosen.units)

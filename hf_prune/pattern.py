@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 SCOPES = ("row", "layer", "model")
-ALLOCATIONS = ("magnitude", "lamp", "erk", "influence", "trace")  # how the layers of scope `model` share the zeros
+ALLOCATIONS = ("magnitude", "lamp", "erk", "trace")  # how the layers of scope `model` share the zeros
 
 
 @dataclass(frozen=True)

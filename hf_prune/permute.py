@@ -19,7 +19,7 @@ from . import channels, ranks, regroup
 from .channels import Axis, Channels, Member
 from .linalg import cholesky
 from .pattern import Pattern
-from .sites import Site, Tape, Use, _tensors, cut, feed, parameters, quiet
+from .sites import Site, Tape, Use, _tensors, feed, parameters, quiet
 
 # What an order should keep: |w|, |w| times the norm of its input, or the OBS saliency |w| / sqrt([H⁻¹]_jj).
 SCORES = ("none", "magnitude", "activation", "obs")
@@ -28,12 +28,11 @@ TOLERANCE = 2e-3  # of the outputs' spread in float32: reordering the terms of s
 
 @dataclass(frozen=True)
 class Options:
-    """images: calibration images that the scores are taken on.  rounds: of exchanges (regroup.py).  readers: channels
+    """rounds: of exchanges (regroup.py).  readers: channels
     that more pruned weights than this read, such as a residual stream, keep their order, which users may know.
     power: of the score, before it is summed.  ridge: as in the OBS method.
     """
 
-    images: int = 64
     rounds: int = 60
     readers: int = 4
     power: float = 1.0
@@ -171,14 +170,14 @@ def permute(
     sites: list[Site],
     patterns: dict[str, Pattern],
     score: str,
+    small: Any,
     options: Options = Options(),
 ) -> list[Group]:
     """Reorder the channels of `model` in place; what was done, group by group.
 
-    batches: calibration images; sites, patterns: what will be pruned, n:m.  score: one of SCORES but none.  The model's
-    outputs on the first images are the same up to rounding afterwards.
+    batches: calibration images; sites, patterns: what will be pruned, n:m.  score: one of SCORES but none.  small: one
+    or two images, the same ones on every rank; the model's outputs on them are the same up to rounding afterwards.
     """
-    small = cut(batches[0], 0, 2)
     pattern = next(iter(patterns.values()))
     n, m = pattern.n, pattern.m
     found = groups(model, small, sites, patterns)
@@ -188,12 +187,7 @@ def permute(
     tensors = {**parameters(model), **dict(model.named_buffers())}
     before = _run(model, small)
     read = {name for g in found for name, _ in g.readers}
-    few, count = [], 0
-    for b in batches:
-        if count < options.images:
-            few.append(cut(b, 0, options.images - count))
-            count += len(_tensors(few[-1])[0])
-    worth = scores(model, [s for s in sites if s.parameter in read and s.name in patterns], few, score, options)
+    worth = scores(model, [s for s in sites if s.parameter in read and s.name in patterns], batches, score, options)
     for g in found:
         c = g.channels
         members = {member.name: member for member in c.members}

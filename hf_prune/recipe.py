@@ -33,7 +33,7 @@ EVAL_SAMPLES = 1000  # an accuracy near one half is then known to 3 points, and 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SCOPES = ("layer", "row", "model")
 PERMUTE = ("none", "magnitude", "activation", "obs")  # permute.SCORES, without its imports
-ALLOCATIONS = ("magnitude", "lamp", "erk", "influence", "trace")
+ALLOCATIONS = ("magnitude", "lamp", "erk", "trace")
 
 # Of one invocation, not of a run: a recipe that came from elsewhere must not decide about code, secrets or folders.
 COMMAND_ONLY = (

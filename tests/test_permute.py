@@ -65,7 +65,7 @@ def test_same_outputs_and_more_kept(score, nm):
     old = copy.deepcopy(model)
     where = choose(model, data[0][:2], recipe.load("magnitude", nm=nm))
     every = [s for u in where.units for s in u.sites]
-    found = permute.permute(model, data, every, where.patterns, score)
+    found = permute.permute(model, data, every, where.patterns, score, data[0][:2])
     assert torch.allclose(model(data[0]), before, atol=1e-12)
     readers = sorted(name for g in found for name, _ in g.readers)
     assert readers == sorted(f"blocks.{i}.{name}.weight" for i in range(2) for name in ("o", "fc2"))
@@ -121,7 +121,7 @@ def test_what_does_not_give_the_same_outputs_is_put_back(monkeypatch):
     model = net()
     old = copy.deepcopy(model.state_dict())
     every, patterns = wanted(model)
-    found = permute.permute(model, batches(), every, patterns, "magnitude")
+    found = permute.permute(model, batches(), every, patterns, "magnitude", batches()[0])
     lost = [g for g in found if g.reason]
     assert [g.readers[0][0] for g in lost] == ["blocks.0.fc2.weight"] and "moved by" in lost[0].reason
     for name in ("fc1.weight", "fc1.bias", "fc2.weight"):
@@ -137,5 +137,5 @@ def test_the_residual_stream_keeps_its_order():
     sizes = {len(g.readers): g.channels.size for g in permute.groups(model, small, every, patterns)}
     assert sizes[8] == 16, "four readers of the stream in each block: found"
     before = model.stem.weight.detach().clone()
-    permute.permute(model, batches(), every, patterns, "magnitude")
+    permute.permute(model, batches(), every, patterns, "magnitude", batches()[0])
     assert torch.equal(model.stem.weight, before)
