@@ -163,7 +163,7 @@ OPTIONS: dict[str, dict[str, Callable[[Any], str | None]]] = {
     },
     "imp": {"rewind": recipe._whole(0), "share": _above(0, 1), "through": _shares},
     "rare_gems": {"epochs": recipe._whole(0), "every": recipe._whole(1), "lr": _above(0), "decay": _from(0, 1)},
-    "smart_ratio": {"linear": _auto_or(_from(0, 1))},
+    "smart_ratio": {"linear": _from(0, 1)},
 }
 # Of one invocation: a recipe that came from elsewhere must not decide about secrets or folders.
 COMMAND_ONLY = ("recipe", "set", "token", "output_dir", "overwrite", "resume", "dry_run", "quiet", "verbose", "l1")
