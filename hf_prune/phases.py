@@ -77,8 +77,8 @@ class RareGems:
 
 @dataclass(frozen=True)
 class SmartRatio:
-    """linear: share kept of the last layer, if it is linear; 0 puts it under the formula with the others. The paper says
-    "linear layers", of which its networks have one, the classifier."""
+    """linear: share kept of the last layer, if it is linear; 0 puts it under the formula with the others. The paper
+    speaks of linear layers, of which its networks have one, the classifier."""
 
     linear: float = 0.3
 

@@ -349,6 +349,33 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert uninterrupted.test == found.test
 
 
+def one_rank(rank: int, port: int, folder: str) -> None:
+    import os
+
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2",
+                      LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")  # fmt: skip
+    chosen = settings("rare-gems", sparsity=0.8)
+    network, found = perform(chosen, training_data.load(chosen))
+    torch.save((network.state_dict(), found.test), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_the_network_of_one(digits: Data, tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as found_port:
+        found_port.bind(("127.0.0.1", 0))
+        port = int(found_port.getsockname()[1])
+    torch.multiprocessing.spawn(one_rank, (port, str(tmp_path)), nprocs=2)
+    (one, first), (other, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first == second and all(torch.equal(one[name], other[name]) for name in one)
+    alone, found = perform(settings("rare-gems", sparsity=0.8), digits)
+    for name, value in alone.state_dict().items():
+        assert torch.equal(value != 0, one[name] != 0), f"{name}: the masks differ"
+        torch.testing.assert_close(one[name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_a_seed_decides_everything(digits: Data) -> None:
     runs = [perform(settings("rare-gems", sparsity=0.8, seed=seed), digits)[0].state_dict() for seed in (0, 0, 1)]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
