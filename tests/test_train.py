@@ -507,7 +507,7 @@ def test_a_dumped_run_is_the_run(tmp_path: Path) -> None:
         ("--method imp --sparsity 1.5", "the share of zeros must lie between 0 and 1"),
         ("--method lomp --sparsity .9 --l1 many", "lomp.l1: expected a number .* or auto, found many"),
         ("--method lomp --sparsity .9 --epochs 0", "--epochs: expected a whole number of at least 1"),
-        ("--method lomp --sparsity .9 --recipe resnet18-cifar1000", "there is no such file.*Did you mean resnet"),
+        ("--method lomp --sparsity .9 --recipe resnet18-cifar1000", "^hf-prune: --recipe.*Did you mean resnet"),
         ("--method lomp --sparsity .9 --precision half", "choose one of no, bf16, fp16"),
         ("--method lomp --sparsity .9 --epoch 3", "unrecognized arguments: --epoch 3.*Did you mean --epochs"),
         ("--method lomp --sparsity .9 --resume", "--resume: no stopped run"),
@@ -611,5 +611,9 @@ def test_bfloat16_trains_and_writes_float32(digits: Data) -> None:
         assert {p.dtype for p in network.parameters()} == {torch.float32}
         assert found.test["loss"] != reference.test["loss"]
         assert found.test["loss"] == pytest.approx(reference.test["loss"], rel=0.05)
+        logits = network(digits.scaled(digits.test.pixels))
+        assert logits.dtype == torch.float32
+        loss = nn.functional.cross_entropy(logits, digits.test.labels).item()
+        assert found.test["loss"] == pytest.approx(loss, rel=1e-5), "measured in float32, whatever it was trained in"
     finally:
         AcceleratorState._reset_state(True)
