@@ -139,11 +139,13 @@ def measure(name: str, seeds: list[int], methods: list[str], sets: list[str]) ->
 
 def table(held: Mapping[str, Any]) -> str:
     rows: dict[str, list[Mapping[str, Any]]] = {}
-    seconds: dict[str, list[float]] = {}
+    done = {method: {key.split()[1] for key in held["runs"] if key.split()[0] == method} for method in JOBS}
+    whole = set.intersection(*(seeds for seeds in done.values() if seeds))  # the same seeds for every row
     for key, each in held["runs"].items():
+        if key.split()[1] not in whole:
+            continue
         for label, row in each["rows"].items():
             rows.setdefault(label, []).append(row)
-            seconds.setdefault(key.split()[0], []).append(each["seconds"])
     dense = [row["dense"] for row in rows.get("dense", [])]
     lines = ["| | " + " | ".join(f"{s:g}" for s in SPARSITIES) + " | epochs |", "|---" * (len(SPARSITIES) + 2) + "|"]
     best = {
@@ -162,7 +164,8 @@ def table(held: Mapping[str, Any]) -> str:
         lines.append(f"| {label} | " + " | ".join(cells) + f" | {epochs:.0f} |")
     count = len(next(iter(rows.values())))
     spread = f" ± {100 * statistics.stdev(dense):.1f}" if len(dense) > 1 else ""
-    head = f"Dense {100 * statistics.mean(dense):.1f}{spread}; {count} seeds." if dense else ""
+    seeds = "one seed" if count == 1 else f"{count} seeds"
+    head = f"Dense {100 * statistics.mean(dense):.1f}{spread}; {seeds}." if dense else ""
     chosen = sorted(row["l1"] for row in rows.get("LOMP", []))
     if chosen:
         by = {s: sorted(row["l1"][str(s)] for row in rows["LOMP, λ by the result"]) for s in SPARSITIES}

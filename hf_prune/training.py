@@ -341,7 +341,10 @@ class _Run:
             optimizer = _optimizer(phase, self.chosen, self.learner)
             self.prepared = self.accelerator.prepare(self.learner, optimizer)
         model, optimizer = self.prepared
-        optimizer.optimizer.state.clear()
+        if self.accelerator.scaler is None:
+            # accelerate's step looks for an optional package on the disk each time; only fp16's scaling needs it
+            optimizer = optimizer.optimizer
+        optimizer.state.clear()
         if isinstance(self.learner, Scored):
             with torch.no_grad():
                 for name, score in self.learner.named_scores().items():
