@@ -84,13 +84,12 @@ def by_size(weights: Prunable, values: Mapping[str, Tensor], masks: Masks, patte
     return found
 
 
-def at_random(weights: Prunable, masks: Masks, pattern: Pattern, linear: float | str, seed: int) -> Masks:
+def at_random(weights: Prunable, masks: Masks, pattern: Pattern, linear: float, seed: int) -> Masks:
     """Smart-Ratio: a random mask in each layer, with the layer's share of phases.smart_ratio_counts."""
-    convolutions = any(site.conv is not None for site in weights.sites)
-    share = (0.3 if convolutions else 0.0) if linear == "auto" else float(linear)
     keep = max(1, math.floor(pattern.density * weights.numel + 1e-9))
     sizes = [site.numel for site in weights.sites]
-    counts = phases.smart_ratio_counts(sizes, [site.conv is None for site in weights.sites], keep, share)
+    classifier = [False] * (len(sizes) - 1) + [weights.sites[-1].conv is None]
+    counts = phases.smart_ratio_counts(sizes, classifier, keep, linear)
     generator = torch.Generator().manual_seed(seed)
     found: Masks = {}
     for site, count in zip(weights.sites, counts, strict=True):

@@ -97,7 +97,7 @@ def resnet(image: Shape, classes: int, widths: Sequence[int], counts: Sequence[i
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
-# The widths of FC5 and FC12 are stated in words only where we could read them; these are theirs to our knowledge.
+# We could not check which widths the paper on LOMP gives to FC5 and FC12: do so before comparing with its figures.
 FC5 = (1000, 600, 300, 100)
 FC12 = (1000, 900, 800, 750, 700, 650, 600, 500, 400, 200, 100)
 

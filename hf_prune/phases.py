@@ -77,10 +77,10 @@ class RareGems:
 
 @dataclass(frozen=True)
 class SmartRatio:
-    """linear: share kept of each linear layer; 0 puts them under the formula with the others. "auto" is .3 in a network
-    with convolutions, and 0 in one without."""
+    """linear: share kept of the last layer, if it is linear; 0 puts it under the formula with the others. The paper
+    speaks of linear layers, of which its networks have one, the classifier."""
 
-    linear: float | str = "auto"
+    linear: float = 0.3
 
 
 # ------------------------------------------------------------------------------------------------------- the methods

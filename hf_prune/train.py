@@ -28,7 +28,7 @@ REPORT = "training.json"
 VERSION = 1
 EXAMPLES = """\
 examples:
-  hf-prune train --network lenet300 --dataset digits --method lomp --sparsity 0.95
+  hf-prune train --network lenet300 --dataset digits --method lomp --sparsity .95
   hf-prune train --recipe resnet18-cifar100 --method imp --sparsity 0.98
 
 digits needs no file and no network: it comes with scikit-learn.
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(
         prog="hf-prune train",
         usage="hf-prune train --method METHOD (--sparsity S | --nm N:M) [options]",
-        description="Train a sparse network from random weights, by the methods of the lottery-ticket literature.",
+        description="Train a sparse network from random weights, to compare pruning with.",
         epilog=EXAMPLES,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80),
         argument_default=argparse.SUPPRESS,
@@ -147,10 +147,14 @@ def _work(chosen: Training, args: Mapping[str, Any], words: Sequence[str], folde
     say.notes(data.notes)
     network = networks.build(chosen.network, data.image, len(data.names), chosen.seed)
     say(beginning(chosen, data, network))
-    with Progress(say) as progress:
-        found = training.train(
-            network, data, chosen, accelerator, checkpoint=place, resume=bool(args.get("resume")), tell=progress
-        )
+    resume = bool(args.get("resume"))
+    try:
+        with Progress(say) as progress:
+            found = training.train(network, data, chosen, accelerator, checkpoint=place, resume=resume, tell=progress)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"the device ran out of memory with --batch-size {chosen.batch_size}: halve it, or use --device cpu."
+        ) from error
 
     def write() -> None:
         from safetensors.torch import save_file

@@ -124,6 +124,8 @@ def train(
     while (phase := phases.METHODS[chosen.method](options, pattern, chosen.epochs, kept.history)) is not None:
         run.phase(phase, found)
         found = None
+    if run.prepared is not None:
+        accelerator.unwrap_model(run.prepared[0], keep_fp32_wrapper=False)
     masking.multiply(values, kept.masks)
     for name in weights.names:
         values[name].add_(0.0)  # -0.0 becomes +0.0
@@ -238,6 +240,7 @@ class _Run:
         """Loss and accuracy in float32 over all ranks; spread: standard deviation of the loss of batches of 128."""
         training = subject.training
         subject.eval()
+        wrapped = subject.__dict__.pop("forward", None)  # accelerate's, which computes in the mixed precision
         sums = torch.zeros(3, dtype=torch.float64)  # loss, hits, images
         parts: list[float] = []
         with torch.no_grad():
@@ -252,6 +255,8 @@ class _Run:
         ranks.sum_([sums])
         spread = [loss for each in ranks.gather(parts) for loss in each]
         subject.train(training)
+        if wrapped is not None:
+            subject.forward = wrapped  # type: ignore[method-assign]
         loss, hits, count = sums.tolist()
         return {
             "loss": loss / count, "accuracy": hits / count, "hits": int(hits), "images": int(count),
@@ -336,7 +341,10 @@ class _Run:
             optimizer = _optimizer(phase, self.chosen, self.learner)
             self.prepared = self.accelerator.prepare(self.learner, optimizer)
         model, optimizer = self.prepared
-        optimizer.optimizer.state.clear()
+        if self.accelerator.scaler is None:
+            # accelerate's step looks for an optional package on the disk each time; only fp16's scaling needs it
+            optimizer = optimizer.optimizer
+        optimizer.state.clear()
         if isinstance(self.learner, Scored):
             with torch.no_grad():
                 for name, score in self.learner.named_scores().items():

@@ -48,6 +48,7 @@ class Data:
     std: list[float]
     where: dict[str, Any] = field(default_factory=dict)  # dataset and split, as training.json says it
     notes: list[str] = field(default_factory=list)
+    _scale: tuple[Tensor, Tensor] | None = None  # mean and std on the device, as last used
 
     @property
     def image(self) -> tuple[int, int, int]:
@@ -60,8 +61,10 @@ class Data:
 
     def scaled(self, pixels: Tensor) -> Tensor:
         """Bytes -> what the network sees, float32: (pixel / 255 - mean) / std."""
-        mean, std = (torch.tensor(v, device=pixels.device).view(-1, 1, 1) * 255 for v in (self.mean, self.std))
-        return (pixels.float() - mean) / std
+        if self._scale is None or self._scale[0].device != pixels.device:
+            tensors = [torch.tensor(v, device=pixels.device).view(-1, 1, 1) * 255 for v in (self.mean, self.std)]
+            self._scale = (tensors[0], tensors[1])
+        return (pixels.float() - self._scale[0]) / self._scale[1]
 
 
 def load(chosen: Training, token: str | None = None) -> Data:

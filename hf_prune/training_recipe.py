@@ -163,7 +163,7 @@ OPTIONS: dict[str, dict[str, Callable[[Any], str | None]]] = {
     },
     "imp": {"rewind": recipe._whole(0), "share": _above(0, 1), "through": _shares},
     "rare_gems": {"epochs": recipe._whole(0), "every": recipe._whole(1), "lr": _above(0), "decay": _from(0, 1)},
-    "smart_ratio": {"linear": _auto_or(_from(0, 1))},
+    "smart_ratio": {"linear": _from(0, 1)},
 }
 # Of one invocation: a recipe that came from elsewhere must not decide about secrets or folders.
 COMMAND_ONLY = ("recipe", "set", "token", "output_dir", "overwrite", "resume", "dry_run", "quiet", "verbose", "l1")
@@ -194,6 +194,7 @@ def resolve(
             base = read(source)
         except ValueError as error:
             problems.append(str(error))
+    unread = bool(problems)
     label = f"recipe {base.get('name', source)}"
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
@@ -245,14 +246,16 @@ def resolve(
         values.pop("nm", None)
     for key, value in flags.items():
         put(key, value, "--" + key.replace("_", "-"))
-    return _checked(values, origin, typed, problems)
+    return _checked(values, origin, typed, problems, unread)
 
 
 def _checked(
-    values: dict[str, Any], origin: Mapping[str, str], typed: Mapping[str, str], problems: list[str]
+    values: dict[str, Any], origin: Mapping[str, str], typed: Mapping[str, str], problems: list[str], unread: bool
 ) -> Training:
+    """unread: the recipe could not be read, so what is missing may be in it."""
     from .networks import NETWORKS
 
+    given_keys = set(values)
     for key, value in list(values.items()):
         if (wrong := KEYS[key](value)) is not None:
             problems.append(f"{origin[key]}: {wrong}, found {recipe._short(value)}.")
@@ -267,7 +270,7 @@ def _checked(
                 problems.append(f"{origin[key]}: {key}.{name}: {wrong}, found {recipe._short(value)}.")
     for key, what in (("method", f"choose one of {', '.join(phases.METHODS)}"), ("dataset", "Hub id, folder or file"),
                       ("network", f"choose one of {', '.join(NETWORKS)}")):  # fmt: skip
-        if key not in values and not any(f"{key} " in said or f"--{key}" in said for said in problems):
+        if key not in given_keys and (key == "method" or not unread):
             problems.append(f"--{key} is not said, and no recipe says it: {what}.")
     network = values.get("network")
     if network is not None and network not in NETWORKS:
