@@ -1,7 +1,8 @@
 """The pictures of a report, from what hf_prune.json holds: errors, sparsity, accuracy, similarity, weights, time.
 
 Every picture comes with a sentence that says the same, and with its numbers as a table, for whoever cannot see it.
-Colours are Okabe and Ito's, which every kind of colour vision tells apart; markers and dashes differ as well.
+Colours are Okabe and Ito's, ordered so that every kind of colour vision tells the first four apart; markers and dashes
+differ as well.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     Reports = Mapping[str, Mapping[str, Any]]  # name of a folder -> its hf_prune.json
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#CC79A7", "#009E73", "#56B4E9", "#000000")
 MARKERS = "os^DvPX"
 GREY = "#6b6b6b"
 WIDTH, HEIGHT = 7.5, 3.1  # inches
