@@ -323,20 +323,22 @@ def histograms(whose: str, weights: Sequence[Mapping[str, Any]], unread: str) ->
 def convergence(reports: Reports) -> Picture:
     made = Picture("convergence", "Convergence of the solve", "")
     traces = [
-        (f"{name}: " if len(reports) > 1 else "", layer["checkpoint_name"], layer["convergence"])
+        (f"{name}: " if len(reports) > 1 else "", layer["name"], layer["convergence"])
         for name, report in reports.items()
         for layer in report["layers"]
         if layer.get("convergence")
     ]
     if not traces:
-        made.words = "The residuals of the conjugate-gradient steps were not recorded by this run."
+        made.words = "No residuals of conjugate-gradient steps were recorded: the recipe takes none, or is Newton-CG."
         return made
     step = max(1, len(traces) // 6)
     made.figure, axes = _figure()
-    for i, (said, name, residuals) in enumerate(traces[::step][:7]):
-        axes.plot(range(len(residuals)), residuals, color=COLOURS[i % 7], marker=MARKERS[i % 7],
-                  markevery=max(1, len(residuals) // 8), label=said + _short(name, 34))  # fmt: skip
-        made.rows.append([said + name, len(residuals) - 1, residuals[0], residuals[-1]])
+    for i, (said, name, told) in enumerate(traces[::step][:7]):
+        residuals = told["residuals"]
+        axes.plot([told["every"] * j for j in range(len(residuals))], residuals, color=COLOURS[i % 7],
+                  marker=MARKERS[i % 7], markevery=max(1, len(residuals) // 8),
+                  label=f"{said}{_tail(block(name))}: {_kind(name)}")  # fmt: skip
+        made.rows.append([said + name, told["every"] * (len(residuals) - 1), residuals[0], residuals[-1]])
     _log(axes)
     axes.set_xlabel("conjugate-gradient step")
     axes.set_ylabel("relative residual")
