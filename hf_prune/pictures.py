@@ -340,11 +340,13 @@ def convergence(reports: Reports) -> Picture:
                   label=f"{said}{_tail(block(name))}: {_kind(name)}")  # fmt: skip
         made.rows.append([said + name, told["every"] * (len(residuals) - 1), residuals[0], residuals[-1]])
     _log(axes)
+    if min(min(told["residuals"]) for _, _, told in traces) < 1e-8:
+        axes.set_ylim(bottom=1e-8)  # below it float32 has nothing left to tell
     axes.set_xlabel("conjugate-gradient step")
     axes.set_ylabel("relative residual")
     _legend(axes)
     made.head = ["weight", "steps", "first residual", "last residual"]
-    made.words = f"Norm of the residual over that of the right-hand side; {len(made.rows)} of {len(traces)} weights."
+    made.words = f"Norm of the residual over that of the right-hand side, {len(made.rows)} of {len(traces)} weights."
     return made
 
 
