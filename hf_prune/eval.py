@@ -389,8 +389,8 @@ def text(name: str, report: Mapping[str, Any], found: Mapping[str, Any]) -> list
         "",
     ]
     dense, pruned, change = found["dense"], found["pruned"], found["difference"]
+    lines.append(_row("", "dense", "pruned", "difference" if change else ""))
     if dense and pruned and change:
-        lines.append(_row("", "dense", "pruned", "difference"))
         for key, words in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy")):
             if change[key] is not None:
                 points = _points(change[key], change[f"{key}_interval"])

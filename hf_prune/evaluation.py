@@ -288,9 +288,9 @@ def _worst(was: np.ndarray, now: np.ndarray, label: np.ndarray, names: Sequence[
 
 
 def _throughput(timed: Sequence[Sequence[float]]) -> dict[str, float] | None:
-    """Images per second of one process, by the forward alone. The first batch warms up, where there is a second."""
-    table = np.array(timed[1:] or timed, dtype=float).reshape(-1, 3)
-    if not len(table) or not table[:, 1:].sum(0).all():
+    """Images per second of one process, by the forward alone; None below five batches, the first of which warms up."""
+    table = np.array(timed[1:], dtype=float).reshape(-1, 3)
+    if len(table) < 4 or not table[:, 1:].sum(0).all():
         return None
     images, dense, pruned = table.sum(0)
     return {"dense": float(images / dense), "pruned": float(images / pruned)}

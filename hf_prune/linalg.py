@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ class exact_matmul:
 
     def __exit__(self, *failure: Any) -> None:
         torch.set_float32_matmul_precision(self.before)
+
+_SEEN: ContextVar[list[Tensor] | None] = ContextVar("residuals", default=None)
 
 
 def cholesky(h: Tensor, what: str = "the Gram matrix") -> Tensor:
@@ -34,6 +39,17 @@ def cholesky(h: Tensor, what: str = "the Gram matrix") -> Tensor:
 def inverse_diagonal(h: Tensor) -> Tensor:
     """diag(h⁻¹), (..., n), for positive definite h (..., n, n)."""
     return torch.cholesky_inverse(cholesky(h)).diagonal(dim1=-2, dim2=-1)
+
+
+@contextlib.contextmanager
+def residuals() -> Iterator[list[Tensor]]:
+    """While open, the list holds ||r|| / ||b|| of the last `masked_solve`: before its first step, and after each."""
+    seen: list[Tensor] = []
+    token = _SEEN.set(seen)
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(token)
 
 
 def masked_solve(
@@ -66,6 +82,10 @@ def masked_solve(
     z = precondition(r) * m
     p = z.clone()
     rz = (r * z).sum(over, keepdim=True)
+    seen = _SEEN.get()
+    if seen is not None:
+        scale = target.norm().clamp_min(1e-30)
+        seen[:] = [r.norm() / scale]
     limit = (tolerance**2) * target.square().sum(over, keepdim=True)
     for step in range(steps):
         hp = apply(p) * m
@@ -73,6 +93,8 @@ def masked_solve(
         alpha = torch.where(curvature > 0, rz / curvature, torch.zeros_like(rz))
         w += alpha * p
         r -= alpha * hp
+        if seen is not None:
+            seen.append(r.norm() / scale)
         if step % 10 == 9 and bool((r.square().sum(over, keepdim=True) <= limit).all()):
             break
         z = precondition(r) * m

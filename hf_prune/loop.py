@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import allocation, memory, methods, microbatch, permute, ranks, resume, sites, staged, streams, walk
 from .collect import Pair, Target, find_junctions, grams, holding
 from .importance import Key, Metric, importance
-from .linalg import exact_matmul
+from .linalg import exact_matmul, residuals
 from .objective import Gram
 from .pattern import Pattern, allocate
 from .window import Window
@@ -484,8 +484,9 @@ class Block:
                 together = Gram.join([g for _, g in group if g is not None], joint)
                 draft = methods.Draft(*(torch.cat(parts, 1) for parts in zip(*drafts, strict=True)))
                 problem = methods.Problem(together.weight, self.patterns[site.name], together)
-                new = call("solve", self.recipe.solve, problem, draft).split([s.shape[1] for s, _ in group], 1)
-                return [self.write(s, tensors, g, d, w) for (s, g), d, w in zip(group, drafts, new, strict=True)]
+                with residuals() as seen:
+                    new = call("solve", self.recipe.solve, problem, draft).split([s.shape[1] for s, _ in group], 1)
+                return [self.write(s, tensors, g, d, w, seen) for (s, g), d, w in zip(group, drafts, new, strict=True)]
         except ValueError as e:
             names = ", ".join(s.name for s, _ in group)
             raise ValueError(str(e) if any(s.name in str(e) for s, _ in group) else f"{names}: {e}") from e
@@ -499,7 +500,7 @@ class Block:
         self, site: sites.Site, tensors: dict[str, Tensor], gram: Gram | None, draft: methods.Draft
     ) -> tuple[sites.Site, dict, Tensor]:
         """Solve one layer by itself, and write it."""
-        new, weight, window = draft.weight, site.read(tensors[site.parameter]), None
+        new, weight, window, seen = draft.weight, site.read(tensors[site.parameter]), None, []  # type: Any, Any, Any, Any
         try:
             if self.recipe.solve:
                 name, objective = self.recipe.solve["method"], gram  # type: Any, Any
@@ -507,14 +508,15 @@ class Block:
                     site.write(tensors[site.parameter], draft.weight)
                     window = objective = self.window([site], methods.options("solve", name) | self.recipe.solve)
                 problem = methods.Problem(weight, self.patterns[site.name], objective)
-                new = divided("solve", self.recipe.solve, problem, draft)
+                with residuals() as seen:
+                    new = divided("solve", self.recipe.solve, problem, draft)
         except ValueError as e:
             raise ValueError(str(e) if site.name in str(e) else f"{site.name}: {e}") from e
-        return self.write(site, tensors, gram, draft, new, window)
+        return self.write(site, tensors, gram, draft, new, seen, window)
 
     def write(
         self, site: sites.Site, tensors: dict[str, Tensor], gram: Gram | None, draft: methods.Draft, new: Tensor,
-        window: Window | None = None,
+        seen: Sequence[Tensor] = (), window: Window | None = None,
     ) -> tuple[sites.Site, dict, Tensor]:  # fmt: skip
         """Verify a layer's new weights and write them and the bias that goes with them."""
         recipe, pattern = self.recipe, self.patterns[site.name]
@@ -527,6 +529,9 @@ class Block:
             "weight_norm_ratio": float(new.norm() / weight.norm().clamp_min(1e-30)), "seconds": 0.0,
             "dense_reason": None,
         }  # fmt: skip
+        if seen:  # of an iterative solve; at most about a hundred of them
+            every = -(-len(seen) // 100)
+            entry["convergence"] = {"every": every, "residuals": [float(f"{float(r):.3g}") for r in seen[::every]]}
         if gram is not None:
             energy = gram.energy().clamp_min(1e-30)
             entry["error_before"] = float(gram.value(weight * draft.mask) / energy)

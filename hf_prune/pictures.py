@@ -1,7 +1,8 @@
 """The pictures of a report, from what hf_prune.json holds: errors, sparsity, accuracy, similarity, weights, time.
 
 Every picture comes with a sentence that says the same, and with its numbers as a table, for whoever cannot see it.
-Colours are Okabe and Ito's, which every kind of colour vision tells apart; markers and dashes differ as well.
+Colours are Okabe and Ito's, ordered so that every kind of colour vision tells the first four apart; markers and dashes
+differ as well.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     Reports = Mapping[str, Mapping[str, Any]]  # name of a folder -> its hf_prune.json
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#CC79A7", "#009E73", "#56B4E9", "#000000")
 MARKERS = "os^DvPX"
 GREY = "#6b6b6b"
 WIDTH, HEIGHT = 7.5, 3.1  # inches
@@ -322,26 +323,30 @@ def histograms(whose: str, weights: Sequence[Mapping[str, Any]], unread: str) ->
 def convergence(reports: Reports) -> Picture:
     made = Picture("convergence", "Convergence of the solve", "")
     traces = [
-        (f"{name}: " if len(reports) > 1 else "", layer["checkpoint_name"], layer["convergence"])
+        (f"{name}: " if len(reports) > 1 else "", layer["name"], layer["convergence"])
         for name, report in reports.items()
         for layer in report["layers"]
         if layer.get("convergence")
     ]
     if not traces:
-        made.words = "The residuals of the conjugate-gradient steps were not recorded by this run."
+        made.words = "No residuals of conjugate-gradient steps were recorded: the recipe takes none, or is Newton-CG."
         return made
     step = max(1, len(traces) // 6)
     made.figure, axes = _figure()
-    for i, (said, name, residuals) in enumerate(traces[::step][:7]):
-        axes.plot(range(len(residuals)), residuals, color=COLOURS[i % 7], marker=MARKERS[i % 7],
-                  markevery=max(1, len(residuals) // 8), label=said + _short(name, 34))  # fmt: skip
-        made.rows.append([said + name, len(residuals) - 1, residuals[0], residuals[-1]])
+    for i, (said, name, told) in enumerate(traces[::step][:7]):
+        residuals = told["residuals"]
+        axes.plot([told["every"] * j for j in range(len(residuals))], residuals, color=COLOURS[i % 7],
+                  marker=MARKERS[i % 7], markevery=max(1, len(residuals) // 8),
+                  label=f"{said}{_tail(block(name))}: {_kind(name)}")  # fmt: skip
+        made.rows.append([said + name, told["every"] * (len(residuals) - 1), residuals[0], residuals[-1]])
     _log(axes)
+    if min(min(told["residuals"]) for _, _, told in traces) < 1e-8:
+        axes.set_ylim(bottom=1e-8)  # below it float32 has nothing left to tell
     axes.set_xlabel("conjugate-gradient step")
     axes.set_ylabel("relative residual")
     _legend(axes)
     made.head = ["weight", "steps", "first residual", "last residual"]
-    made.words = f"Norm of the residual over that of the right-hand side; {len(made.rows)} of {len(traces)} weights."
+    made.words = f"Norm of the residual over that of the right-hand side, {len(made.rows)} of {len(traces)} weights."
     return made
 
 

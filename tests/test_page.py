@@ -183,15 +183,15 @@ def test_numbers_behind_the_pictures(drawn: dict[str, pictures.Picture]) -> None
 
 def test_convergence_is_drawn_where_it_was_recorded() -> None:
     told = full()
-    told["layers"][2]["convergence"] = [1.0, 0.1, 1e-3]
+    told["layers"][2]["convergence"] = {"every": 2, "residuals": [1.0, 0.1, 1e-3]}
     (found,) = [each for each in pictures.draw({"a": told}) if each.file == "convergence"]
-    assert found.figure is not None and found.rows == [["net.layers.1.mlp.fc1.weight", 2, 1.0, 1e-3]]
+    assert found.figure is not None and found.rows == [["net.layers.1.mlp.fc1.weight", 4, 1.0, 1e-3]]
 
 
 def test_a_logarithmic_axis_is_labelled_with_numbers() -> None:
     told = full()
     told["layers"][0]["error_before"] = told["layers"][1]["error_before"] = 1e-4
-    told["layers"][0]["convergence"] = [1.0, 0.1, 1e-6]
+    told["layers"][0]["convergence"] = {"every": 1, "residuals": [1.0, 0.1, 1e-6]}
     for each in pictures.draw({"a": told}):
         if each.file in ("error_by_block", "convergence"):
             assert each.figure is not None
