@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import allocation, memory, methods, microbatch, permute, ranks, resume, sites, staged, streams, walk
+from . import allocation, memory, methods, microbatch, offload, permute, ranks, resume, sites, staged, streams, walk
 from .collect import Pair, Target, find_junctions, grams, holding
 from .importance import Key, Metric, importance
 from .linalg import exact_matmul, residuals
@@ -110,7 +110,8 @@ def plan(model: nn.Module, batch: Any, recipe: Recipe) -> Plan:
 
     batch: one or two images, as the model's forward takes them.  Raises ValueError where nothing can be pruned.
     """
-    return choose(model, batch, recipe).plan
+    with offload.onloaded(model):
+        return choose(model, batch, recipe).plan
 
 
 def choose(model: nn.Module, batch: Any, recipe: Recipe) -> Selection:
@@ -202,8 +203,9 @@ def prune(
     given = iter(draw(0) if draw else batches)
     first = list(itertools.islice(given, 1))
     batch = first[0][0] if first and isinstance(first[0], (tuple, list)) else first[0] if first else None
-    small = small_batch(model, batch)
-    with exact_matmul():
+    with offload.onloaded(model), exact_matmul():
+        device = str(next(model.parameters()).device)
+        small = small_batch(model, batch)
         chosen = choose(model, small, recipe)
         target = Target(**recipe.target)
         tell({"event": "start", "layers": len(chosen.patterns)})
@@ -218,7 +220,7 @@ def prune(
         tell({"event": "images", "images": images})
         if recipe.allocation in allocation.CONFIRMED:
             tell({"event": "stage", "text": f"trying the allocation {recipe.allocation}"})
-            chosen.patterns = allocation.confirm(model, batches, labels, chosen, recipe, notes)
+            chosen.patterns = allocation.confirm(model, list(batches), labels, chosen, recipe, notes)
         permutation = None
         if recipe.permute != "none":
             if recipe.pattern().m:
@@ -238,7 +240,7 @@ def prune(
             layers, told = staged.prune(model, list(batches), labels, recipe, chosen.units, tell, walked, draw, notes)
         else:
             folder = Path(checkpoint) if checkpoint else None
-            layers = run(model, batches, recipe, chosen, target, tell, folder, store, blocks)
+            layers = run(model, batches, recipe, chosen, target, tell, folder, store, blocks, micro)
     done = {entry["name"]: entry for entry in layers}
     rows = [done.get(r.name) or dense_entry(r) for r in chosen.plan.rows]
     return Report(
@@ -247,7 +249,7 @@ def prune(
             "seconds": time.perf_counter() - began,
             "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
-            "device": str(next(model.parameters()).device),
+            "device": device,
             "world_size": ranks.world_size(),
         },
         calibration={"samples": images},
@@ -282,7 +284,7 @@ def dense_entry(row: Row) -> dict[str, Any]:
 
 def run(
     model: nn.Module, batches: Sequence[Any], recipe: Recipe, chosen: Selection, target: Target, tell: Any,
-    folder: Path | None, store: streams.Store | None = None, blocks: int | None = None,
+    folder: Path | None, store: streams.Store | None = None, blocks: int | None = None, micro: int | None = None,
 ) -> list[dict]:  # fmt: skip
     """Every unit in turn, or the first `blocks`: prune it, remember it, advance both streams through it."""
     named = sites.parameters(model)
@@ -295,7 +297,7 @@ def run(
     if "gram" in evidence(recipe) and (target.importance > 0 or target.metric > 0):
         tell({"event": "stage", "text": "weighing samples by their influence on the output"})
         every = [s for u in chosen.units for s in u.sites]
-        weights, metrics = weigh(model, every, batches, target, recipe.seed, saved)
+        weights, metrics = weigh(model, every, batches, target, recipe.seed, saved, min(micro or 8, 8))
         for pair, w in zip(pairs, weights, strict=True):
             pair.weights = streams.Lazy(way.store.keep(w))
     small = way.enter([chosen.small])[0]
@@ -344,15 +346,16 @@ def run(
 
 
 def weigh(
-    model: nn.Module, every: list[sites.Site], batches: Any, target: Target, seed: int, saved: resume.Saved | None
-) -> tuple[list[dict[Key, Tensor]], dict[Key, Metric]]:
+    model: nn.Module, every: list[sites.Site], batches: Any, target: Target, seed: int, saved: resume.Saved | None,
+    micro: int = 8,
+) -> tuple[list[dict[Key, Tensor]], dict[Key, Metric]]:  # fmt: skip
     """The importance of samples and directions, from the folder of a stopped run where that has got so far."""
     if saved is None or ranks.world_size() > 1:  # each rank has its own; they are computed again
-        return importance(model, every, batches, target.importance, target.metric, seed=seed)
+        return importance(model, every, batches, target.importance, target.metric, seed=seed, micro=micro)
     keys = list(dict.fromkeys((s.source, s.conv) for s in every))
     kept = saved.kept("importance", len(batches) + 1)
     if kept is None:
-        weights, metrics = importance(model, every, batches, target.importance, target.metric, seed=seed)
+        weights, metrics = importance(model, every, batches, target.importance, target.metric, seed=seed, micro=micro)
         last: dict[str, Tensor] = {}
         for key, metric in metrics.items():
             last[f"moment {keys.index(key)}"] = metric.moment
