@@ -269,9 +269,8 @@ def ranks_table() -> None:
     masks = sum(int(((alone[n] != 0) != (w != 0)).sum()) for n, w in found[0][0].items())
     weights = max(float(abs(alone[n] - w).max() / abs(alone[n]).max().clip(1e-9)) for n, w in found[0][0].items())
     few = [["output metric (default)", "4, of 3 images", str(masks), f"{weights:.1e}", "yes", "", ""]]
-    head = ["recipe `snows`", "processes", "mask entries that differ",
-            "largest weight difference, of the largest weight", "all ranks alike",
-            "KiB sent per rank", "CPU s of the busiest rank"]  # fmt: skip
+    head = ["recipe `snows`", "processes", "mask entries that differ", "largest weight difference (relative)",
+            "all ranks alike", "KiB sent per rank", "CPU s of the busiest rank"]  # fmt: skip
     put("ranks", table(head, rows + few) + "\n\nViT of width 64, depth 3, 17 tokens, 22 images, gloo on one machine.")
 
 

@@ -125,6 +125,7 @@ def _influence(
                 if g is None:
                     g = torch.zeros_like(outputs[k])
                 rows = (g.movedim(1, -1) if sites[k].conv is not None else g).flatten(0, -2)
+                rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
                 influence[k] = influence.get(k, 0) + rows.square().sum(-1)
                 if sites[k].shape[0] == 1:
                     together.setdefault((sites[k].source, sites[k].conv), {})[sites[k].name] = rows
@@ -155,7 +156,7 @@ def _directions(output: Tensor, part: Any, seed: int) -> Tensor:
         return torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(output)
     rows = []
     for image in images:
-        generator = torch.Generator().manual_seed(zlib.crc32(image.contiguous().numpy().tobytes()) + seed)
+        generator = torch.Generator().manual_seed(zlib.crc32(image.reshape(-1).view(torch.uint8).numpy().tobytes()) + seed)
         rows.append(torch.randn(output.shape[1:], generator=generator))
     return torch.stack(rows).to(output)
 

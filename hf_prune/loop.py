@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import allocation, memory, methods, microbatch, permute, ranks, resume, sites, staged, streams, walk
+from . import allocation, memory, methods, microbatch, offload, permute, ranks, resume, sites, staged, streams, walk
 from .collect import Pair, Target, find_junctions, grams, holding
 from .importance import Key, Metric, importance
 from .linalg import exact_matmul, residuals
@@ -110,7 +110,8 @@ def plan(model: nn.Module, batch: Any, recipe: Recipe) -> Plan:
 
     batch: one or two images, as the model's forward takes them.  Raises ValueError where nothing can be pruned.
     """
-    return choose(model, batch, recipe).plan
+    with offload.onloaded(model):
+        return choose(model, batch, recipe).plan
 
 
 def choose(model: nn.Module, batch: Any, recipe: Recipe) -> Selection:
@@ -202,8 +203,9 @@ def prune(
     given = iter(draw(0) if draw else batches)
     first = list(itertools.islice(given, 1))
     batch = first[0][0] if first and isinstance(first[0], (tuple, list)) else first[0] if first else None
-    small = small_batch(model, batch)
-    with exact_matmul():
+    with offload.onloaded(model), exact_matmul():
+        device = str(next(model.parameters()).device)
+        small = small_batch(model, batch)
         chosen = choose(model, small, recipe)
         target = Target(**recipe.target)
         tell({"event": "start", "layers": len(chosen.patterns)})
@@ -247,7 +249,7 @@ def prune(
             "seconds": time.perf_counter() - began,
             "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
-            "device": str(next(model.parameters()).device),
+            "device": device,
             "world_size": ranks.world_size(),
         },
         calibration={"samples": images},

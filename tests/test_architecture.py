@@ -20,6 +20,7 @@ MODEL = {
     "junction",
     "streams",
     "microbatch",
+    "offload",
     "memory",
     "collect",
     "ranks",
