@@ -156,7 +156,8 @@ def _directions(output: Tensor, part: Any, seed: int) -> Tensor:
         return torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(output)
     rows = []
     for image in images:
-        generator = torch.Generator().manual_seed(zlib.crc32(image.reshape(-1).view(torch.uint8).numpy().tobytes()) + seed)
+        content = image.reshape(-1).view(torch.uint8).numpy().tobytes()  # numpy knows no bfloat16
+        generator = torch.Generator().manual_seed(zlib.crc32(content) + seed)
         rows.append(torch.randn(output.shape[1:], generator=generator))
     return torch.stack(rows).to(output)
 

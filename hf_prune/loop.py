@@ -220,7 +220,7 @@ def prune(
         tell({"event": "images", "images": images})
         if recipe.allocation in allocation.CONFIRMED:
             tell({"event": "stage", "text": f"trying the allocation {recipe.allocation}"})
-            chosen.patterns = allocation.confirm(model, batches, labels, chosen, recipe, notes)
+            chosen.patterns = allocation.confirm(model, list(batches), labels, chosen, recipe, notes)
         permutation = None
         if recipe.permute != "none":
             if recipe.pattern().m:
@@ -240,7 +240,7 @@ def prune(
             layers, told = staged.prune(model, list(batches), labels, recipe, chosen.units, tell, walked, draw, notes)
         else:
             folder = Path(checkpoint) if checkpoint else None
-            layers = run(model, batches, recipe, chosen, target, tell, folder, store, blocks)
+            layers = run(model, batches, recipe, chosen, target, tell, folder, store, blocks, micro)
     done = {entry["name"]: entry for entry in layers}
     rows = [done.get(r.name) or dense_entry(r) for r in chosen.plan.rows]
     return Report(
@@ -284,7 +284,7 @@ def dense_entry(row: Row) -> dict[str, Any]:
 
 def run(
     model: nn.Module, batches: Sequence[Any], recipe: Recipe, chosen: Selection, target: Target, tell: Any,
-    folder: Path | None, store: streams.Store | None = None, blocks: int | None = None,
+    folder: Path | None, store: streams.Store | None = None, blocks: int | None = None, micro: int | None = None,
 ) -> list[dict]:  # fmt: skip
     """Every unit in turn, or the first `blocks`: prune it, remember it, advance both streams through it."""
     named = sites.parameters(model)
@@ -297,7 +297,7 @@ def run(
     if "gram" in evidence(recipe) and (target.importance > 0 or target.metric > 0):
         tell({"event": "stage", "text": "weighing samples by their influence on the output"})
         every = [s for u in chosen.units for s in u.sites]
-        weights, metrics = weigh(model, every, batches, target, recipe.seed, saved)
+        weights, metrics = weigh(model, every, batches, target, recipe.seed, saved, min(micro or 8, 8))
         for pair, w in zip(pairs, weights, strict=True):
             pair.weights = streams.Lazy(way.store.keep(w))
     small = way.enter([chosen.small])[0]
@@ -346,15 +346,16 @@ def run(
 
 
 def weigh(
-    model: nn.Module, every: list[sites.Site], batches: Any, target: Target, seed: int, saved: resume.Saved | None
-) -> tuple[list[dict[Key, Tensor]], dict[Key, Metric]]:
+    model: nn.Module, every: list[sites.Site], batches: Any, target: Target, seed: int, saved: resume.Saved | None,
+    micro: int = 8,
+) -> tuple[list[dict[Key, Tensor]], dict[Key, Metric]]:  # fmt: skip
     """The importance of samples and directions, from the folder of a stopped run where that has got so far."""
     if saved is None or ranks.world_size() > 1:  # each rank has its own; they are computed again
-        return importance(model, every, batches, target.importance, target.metric, seed=seed)
+        return importance(model, every, batches, target.importance, target.metric, seed=seed, micro=micro)
     keys = list(dict.fromkeys((s.source, s.conv) for s in every))
     kept = saved.kept("importance", len(batches) + 1)
     if kept is None:
-        weights, metrics = importance(model, every, batches, target.importance, target.metric, seed=seed)
+        weights, metrics = importance(model, every, batches, target.importance, target.metric, seed=seed, micro=micro)
         last: dict[str, Tensor] = {}
         for key, metric in metrics.items():
             last[f"moment {keys.index(key)}"] = metric.moment
