@@ -50,9 +50,10 @@ fork = multiprocessing.get_context("fork")
 MIB = 2**20
 
 
-def put(name: str, text: str) -> None:
+def put(name: str, text: str, quiet: bool = False) -> None:
     """Replace what stands between the two markers `name` of the document."""
-    print(text, flush=True)
+    if not quiet:
+        print(text, flush=True)
     whole = DOCUMENT.read_text(encoding="utf-8")
     mark = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
     assert mark.search(whole), f"{DOCUMENT} has no markers {name}"
@@ -358,10 +359,17 @@ def kills(count: int = 20) -> None:
             rows.append([str(k + 1), moment, "" if first is None else "not killed", str(there),
                          "the same" if again and again[0] == whole else "DIFFERENT"])  # fmt: skip
             print(rows[-1], flush=True)
+            put("kills", kills_table(rows, count), quiet=k + 1 < count)  # each run as it ends: this takes a while
+
+
+def kills_table(rows: list[list[str]], count: int) -> str:
     head = ["run", "SIGKILL at", "", "blocks kept", "sha256 of the weights after `--resume`"]
     same = sum(r[-1] == "the same" for r in rows)
-    put("kills", table(head, rows) + f"\n\n{same} of {count} resumed runs end in the bits of the uninterrupted one "
-        f"(ViT of width 64, depth 6, 32 images; sha256 {whole[:16]}...).")  # fmt: skip
+    short = f" (stopped after {len(rows)} of {count})" if len(rows) < count else ""
+    return table(head, rows) + (
+        f"\n\n{same} of {len(rows)} resumed runs{short} end in the bits of the uninterrupted one. ViT of width 64, "
+        "depth 6, 32 images."
+    )
 
 
 def main() -> int:
