@@ -245,19 +245,19 @@ def vit_refit(samples: int, judged_on: int) -> dict[str, float | None]:
 
 # --------------------------------------------------------------------------------------------------------------- cost
 def machine() -> float:
-    """Floating-point operations a second of one float32 matrix product of the shape of ViT-Tiny's layers."""
+    """Floating-point operations a second of one float32 matrix product of ViT-Tiny's shape; CPU time, one thread."""
     a, b = torch.randn(197 * 4, 192), torch.randn(192, 768)
     best = math.inf
     for _ in range(30):
-        began = time.perf_counter()
+        began = time.process_time()
         for _ in range(4):
             a @ b
-        best = min(best, (time.perf_counter() - began) / 4)
+        best = min(best, (time.process_time() - began) / 4)
     return 2 * a.shape[0] * a.shape[1] * b.shape[1] / best
 
 
 def cost(args: argparse.Namespace) -> None:
-    """Seconds of a product, its operations, and how many times the operations' own time it takes."""
+    """CPU seconds of a product, its operations, and how many times the operations' own time it takes."""
     need_data()
     import loaders
     from chita_tables import images
@@ -286,9 +286,9 @@ def cost(args: argparse.Namespace) -> None:
                 best, speed = math.inf, 0.0
                 for _ in range(args.repeats):
                     speed = max(speed, machine())
-                    began = time.perf_counter()
+                    began = time.process_time()
                     task.product(v, kind)
-                    best = min(best, time.perf_counter() - began)
+                    best = min(best, time.process_time() - began)
                 row = {"net": name, "matrix": kind, "graph": "kept" if memory else "rebuilt", "seconds": best,
                        "operations": counter.get_total_flops(), "first": first.get_total_flops(), "speed": speed,
                        "ratio": best * speed / counter.get_total_flops()}  # fmt: skip
@@ -388,7 +388,7 @@ def vit_tables(told: dict[str, Any]) -> list[str]:
 
 
 def cost_table(told: list[dict[str, Any]]) -> list[str]:
-    out = head("network and images", "matrix", "graph", "Gflop", "seconds", "Gflop/s of a matmul",
+    out = head("network and images", "matrix", "graph", "Gflop", "CPU s", "Gflop/s of a matmul",
                "times the operations' own time")  # fmt: skip
     for row in told:
         out.append(line(row["net"], row["matrix"], row["graph"], f"{row['operations'] / 1e9:.3g}",

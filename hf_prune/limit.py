@@ -507,7 +507,8 @@ class _Work:
             row["refit"] = {"sparsity": sparsity, **done[sparsity]}
         if nm is not None:
             self.tell({"event": "stage", "text": f"pruning with {self.refit.name} to {nm['pattern']}"})
-            nm["refit"] = self.refitted(replace(self.refit, nm=nm["pattern"], sparsity=None))
+            alike = replace(self.refit, scope="layer", allocation="magnitude")  # n:m shares no budget
+            nm["refit"] = self.refitted(replace(alike, nm=nm["pattern"], sparsity=None))
 
     def refitted(self, recipe: loop.Recipe) -> dict[str, Any]:
         recipe = replace(recipe, only=self.base.only, skip=self.base.skip, prune_stem=self.base.prune_stem,
