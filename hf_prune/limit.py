@@ -306,7 +306,7 @@ class _Work:
                     ended = "time"
                     break
                 run.step()
-                if run.ended or (run.steps % 16 == 0 and self.settled(run)):
+                if run.ended or (run.steps >= SETTLED and run.steps % 16 == 0 and self.settled(run)):
                     break
                 self.say("exact Hessian", number, probes, run.steps, [])
             if run.steps:
@@ -377,6 +377,7 @@ class _Work:
         self.tell({"event": "stage", "text": "predicting from the quadratic model"})
         seeds = range(self.options.seed, self.options.seed + self.options.probes)
         traces = torch.stack([self.task.traces(seed) for seed in seeds]).sum(0)
+        self.newton_mean = float(traces.sum()) / len(seeds) / len(self.weights)
         for layer, found in zip(layers, (traces / traces.sum().clamp_min(1e-300)).tolist(), strict=True):
             layer["trace_share"] = found
         quadratic = {name: self.quadratic.knee(eps) for name, eps in self.eps}
@@ -394,8 +395,8 @@ class _Work:
         self.task.forget()
         rows = [self.row(name, eps, knees[name], judged[name], quadratic[name], newton, exact)
                 for name, eps in self.eps]  # fmt: skip
-        if nm is not None and newton:
-            nm["predicted_isotropic"] = self.isotropic(nm["squared"], exact or newton)
+        if nm is not None:
+            nm["predicted_isotropic"] = 0.5 * self.mean(exact) * nm["squared"]
         if self.refit is not None:
             self.measure_refits(rows, nm)
         at, values = self.measured.listed()
@@ -425,19 +426,17 @@ class _Work:
         out: dict[str, Any] = {"eps": name, "value": eps, "measured": knee, "measured_at": judged,
                                "quadratic": quadratic, "trace": None, "spectral": None, "spectral_uncertainty": None,
                                "spectral_settled": None, "gauss_newton": None}  # fmt: skip
-        known = exact or newton
-        if known:
-            mean = mean_curvature([r.gauss() for r in known])
-            out["trace"] = fixed_point(from_trace(mean), self.removal, eps)
+        out["trace"] = fixed_point(from_trace(self.mean(exact)), self.removal, eps)
         if exact:
             out["spectral"], out["spectral_uncertainty"] = self.hessian_at(exact, eps)
-            out["spectral_settled"] = all(run.ended or run.steps >= SETTLED for run in exact)
+            out["spectral_settled"] = enough(exact)
         if newton:
             out["gauss_newton"] = list(self.between(bounds(newton), eps))
         return out
 
-    def isotropic(self, squared: float, runs: list[Lanczos]) -> float:
-        return 0.5 * mean_curvature([r.gauss() for r in runs]) * squared
+    def mean(self, exact: list[Lanczos]) -> float:
+        """tr |H| / D; from the Gauss-Newton matrix where there is no |H| or too few steps of it."""
+        return mean_curvature([r.gauss() for r in exact]) if exact and enough(exact) else self.newton_mean
 
     def sides(self, runs: list[Lanczos]) -> dict[str, Any]:
         """1 - s and the share that must stay, over s, for the middle row: they cross at the estimate."""
@@ -516,6 +515,10 @@ class _Work:
         module = copy.deepcopy(self.model)
         loop.prune(module, self.batches, recipe)
         return self.judge(module)
+
+
+def enough(exact: list[Lanczos]) -> bool:
+    return all(run.ended or run.steps >= SETTLED for run in exact)
 
 
 def suggested(layers: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -92,8 +92,8 @@ def _limits(study: Study) -> str:
         lines += _wrap(text, f"  {column:<13} ")
     if any(row["spectral_settled"] is False for row in study.rows):
         lines += _wrap(
-            f"fewer than {SETTLED} Lanczos steps: the eigenvalues near zero are not told apart, and the figure, as "
-            "that of the trace, is too low as a rule. Give more --steps or --time-limit.",
+            f"fewer than {SETTLED} Lanczos steps: the eigenvalues near zero are not told apart, and the figure is too "
+            "low as a rule (the trace is then that of the Gauss-Newton matrix). Give more --steps or --time-limit.",
             "  few           ",
         )
     if study.model["vacuous"]:
