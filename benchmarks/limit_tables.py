@@ -362,7 +362,7 @@ def mlpnet_tables(told: dict[str, Any]) -> list[str]:
                         interval(row)))  # fmt: skip
     refits = told["refits"]
     out += ["", *head("eps", "sparsity (spectral estimate)",
-                      *(f"{name}: rise of the loss, accuracy %" for name in refits))]  # fmt: skip
+                      *(f"{name}: rise of the calibration loss, held-out accuracy %" for name in refits))]  # fmt: skip
     for i, row in enumerate(told["rows"]):
         cells = [f"{found[i]['rise']:+.3f}, {100 * found[i]['held_out']:.2f}" for found in refits.values()]
         out.append(line(eps_of(row), share(row["spectral"]), *cells))
@@ -380,7 +380,7 @@ def vit_tables(told: dict[str, Any]) -> list[str]:
                         share(row["quadratic"]), share(row["trace"]), spectral,
                         interval(row) + (" (vacuous)" if told["model"]["vacuous"] else "")))  # fmt: skip
     nm = told["nm"]
-    out += ["", *head(f"{nm['pattern']} of every layer", "rise of the loss", "held-out accuracy %")]
+    out += ["", *head(f"{nm['pattern']} of every layer", "rise of the calibration loss", "held-out accuracy %")]
     out.append(line("predicted, isotropic", f"{nm['predicted_isotropic']:+.3f}", ""))
     out.append(line("predicted, quadratic", f"{nm['predicted_quadratic']:+.3f}", ""))
     rows = [("**measured, zeroing alone**", nm["measured"])]

@@ -188,6 +188,7 @@ class _Work:
         self.notes: list[str] = []
         self.runs: dict[str, Any] = {}
         self.dense = measure(model, task.images)
+        self.dense_there = {} if judged is None else measure(model, judged)
         self.eps = self.tolerances()
         self.measured = Curve(lambda s: self.rise(self.zeroed(s)))
         self.gradient: Tensor | None = None
@@ -236,7 +237,8 @@ class _Work:
         out = {"rise": float(here["loss"] or 0) - float(self.dense["loss"] or 0), "accuracy": here["accuracy"]}
         if self.judged is not None:
             there = measure(module, self.judged)
-            out |= {"held_out_loss": there["loss"], "held_out_accuracy": there["accuracy"]}
+            rise = float(there["loss"] or 0) - float(self.dense_there["loss"] or 0)
+            out |= {"held_out_loss": there["loss"], "held_out_accuracy": there["accuracy"], "held_out_rise": rise}
         return out
 
     def judge_zeroed(self, weights: Tensor) -> dict[str, Any]:
@@ -404,8 +406,7 @@ class _Work:
         return Study(
             model={"weights": len(self.weights), "layers": len(self.task.sites), "images": int(self.task.total),
                    "loss": self.images.loss, "rank_cap": self.cap, "vacuous": self.cap < VACUOUS},
-            dense=self.dense | ({} if self.judged is None else {f"held_out_{k}": v for k, v in
-                                                               measure(self.model, self.judged).items()}),
+            dense=self.dense | {f"held_out_{k}": v for k, v in self.dense_there.items()},
             rows=rows,
             curve={"sparsity": at, "rise": values, "quadratic_sparsity": at2, "quadratic_rise": values2},
             spectrum={name: [{"nodes": r.gauss()[0].tolist(), "weights": r.gauss()[1].tolist()} for r in found]
