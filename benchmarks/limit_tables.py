@@ -226,6 +226,7 @@ def vit(args: argparse.Namespace) -> None:
         for row in told["rows"]:
             row["trace"] = fixed_point(from_trace(mean), removal, row["value"])
         told["nm"]["predicted_isotropic"] = 0.5 * mean * told["nm"]["squared"]
+        save("vit", told)
     told.setdefault("refits", {})
     for samples in (args.samples, 128):  # 2:4 with snows, on the images of the study and on enough of them
         told["refits"][samples] = vit_refit(samples, args.samples)
