@@ -188,6 +188,7 @@ class _Work:
         self.notes: list[str] = []
         self.runs: dict[str, Any] = {}
         self.dense = measure(model, task.images)
+        self.dense_there = {} if judged is None else measure(model, judged)
         self.eps = self.tolerances()
         self.measured = Curve(lambda s: self.rise(self.zeroed(s)))
         self.gradient: Tensor | None = None
@@ -236,7 +237,8 @@ class _Work:
         out = {"rise": float(here["loss"] or 0) - float(self.dense["loss"] or 0), "accuracy": here["accuracy"]}
         if self.judged is not None:
             there = measure(module, self.judged)
-            out |= {"held_out_loss": there["loss"], "held_out_accuracy": there["accuracy"]}
+            rise = float(there["loss"] or 0) - float(self.dense_there["loss"] or 0)
+            out |= {"held_out_loss": there["loss"], "held_out_accuracy": there["accuracy"], "held_out_rise": rise}
         return out
 
     def judge_zeroed(self, weights: Tensor) -> dict[str, Any]:
@@ -306,7 +308,7 @@ class _Work:
                     ended = "time"
                     break
                 run.step()
-                if run.ended or (run.steps % 16 == 0 and self.settled(run)):
+                if run.ended or (run.steps >= SETTLED and run.steps % 16 == 0 and self.settled(run)):
                     break
                 self.say("exact Hessian", number, probes, run.steps, [])
             if run.steps:
@@ -377,6 +379,7 @@ class _Work:
         self.tell({"event": "stage", "text": "predicting from the quadratic model"})
         seeds = range(self.options.seed, self.options.seed + self.options.probes)
         traces = torch.stack([self.task.traces(seed) for seed in seeds]).sum(0)
+        self.newton_mean = float(traces.sum()) / len(seeds) / len(self.weights)
         for layer, found in zip(layers, (traces / traces.sum().clamp_min(1e-300)).tolist(), strict=True):
             layer["trace_share"] = found
         quadratic = {name: self.quadratic.knee(eps) for name, eps in self.eps}
@@ -394,8 +397,8 @@ class _Work:
         self.task.forget()
         rows = [self.row(name, eps, knees[name], judged[name], quadratic[name], newton, exact)
                 for name, eps in self.eps]  # fmt: skip
-        if nm is not None and newton:
-            nm["predicted_isotropic"] = self.isotropic(nm["squared"], exact or newton)
+        if nm is not None:
+            nm["predicted_isotropic"] = 0.5 * self.mean(exact) * nm["squared"]
         if self.refit is not None:
             self.measure_refits(rows, nm)
         at, values = self.measured.listed()
@@ -403,8 +406,7 @@ class _Work:
         return Study(
             model={"weights": len(self.weights), "layers": len(self.task.sites), "images": int(self.task.total),
                    "loss": self.images.loss, "rank_cap": self.cap, "vacuous": self.cap < VACUOUS},
-            dense=self.dense | ({} if self.judged is None else {f"held_out_{k}": v for k, v in
-                                                               measure(self.model, self.judged).items()}),
+            dense=self.dense | {f"held_out_{k}": v for k, v in self.dense_there.items()},
             rows=rows,
             curve={"sparsity": at, "rise": values, "quadratic_sparsity": at2, "quadratic_rise": values2},
             spectrum={name: [{"nodes": r.gauss()[0].tolist(), "weights": r.gauss()[1].tolist()} for r in found]
@@ -425,19 +427,17 @@ class _Work:
         out: dict[str, Any] = {"eps": name, "value": eps, "measured": knee, "measured_at": judged,
                                "quadratic": quadratic, "trace": None, "spectral": None, "spectral_uncertainty": None,
                                "spectral_settled": None, "gauss_newton": None}  # fmt: skip
-        known = exact or newton
-        if known:
-            mean = mean_curvature([r.gauss() for r in known])
-            out["trace"] = fixed_point(from_trace(mean), self.removal, eps)
+        out["trace"] = fixed_point(from_trace(self.mean(exact)), self.removal, eps)
         if exact:
             out["spectral"], out["spectral_uncertainty"] = self.hessian_at(exact, eps)
-            out["spectral_settled"] = all(run.ended or run.steps >= SETTLED for run in exact)
+            out["spectral_settled"] = enough(exact)
         if newton:
             out["gauss_newton"] = list(self.between(bounds(newton), eps))
         return out
 
-    def isotropic(self, squared: float, runs: list[Lanczos]) -> float:
-        return 0.5 * mean_curvature([r.gauss() for r in runs]) * squared
+    def mean(self, exact: list[Lanczos]) -> float:
+        """tr |H| / D; from the Gauss-Newton matrix where there is no |H| or too few steps of it."""
+        return mean_curvature([r.gauss() for r in exact]) if exact and enough(exact) else self.newton_mean
 
     def sides(self, runs: list[Lanczos]) -> dict[str, Any]:
         """1 - s and the share that must stay, over s, for the middle row: they cross at the estimate."""
@@ -507,7 +507,8 @@ class _Work:
             row["refit"] = {"sparsity": sparsity, **done[sparsity]}
         if nm is not None:
             self.tell({"event": "stage", "text": f"pruning with {self.refit.name} to {nm['pattern']}"})
-            nm["refit"] = self.refitted(replace(self.refit, nm=nm["pattern"], sparsity=None))
+            alike = replace(self.refit, scope="layer", allocation="magnitude")  # n:m shares no budget
+            nm["refit"] = self.refitted(replace(alike, nm=nm["pattern"], sparsity=None))
 
     def refitted(self, recipe: loop.Recipe) -> dict[str, Any]:
         recipe = replace(recipe, only=self.base.only, skip=self.base.skip, prune_stem=self.base.prune_stem,
@@ -515,6 +516,10 @@ class _Work:
         module = copy.deepcopy(self.model)
         loop.prune(module, self.batches, recipe)
         return self.judge(module)
+
+
+def enough(exact: list[Lanczos]) -> bool:
+    return all(run.ended or run.steps >= SETTLED for run in exact)
 
 
 def suggested(layers: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

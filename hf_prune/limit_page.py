@@ -92,8 +92,8 @@ def _limits(study: Study) -> str:
         lines += _wrap(text, f"  {column:<13} ")
     if any(row["spectral_settled"] is False for row in study.rows):
         lines += _wrap(
-            f"fewer than {SETTLED} Lanczos steps: the eigenvalues near zero are not told apart, and the figure, as "
-            "that of the trace, is too low as a rule. Give more --steps or --time-limit.",
+            f"fewer than {SETTLED} Lanczos steps: the eigenvalues near zero are not told apart, and the figure is too "
+            "low as a rule (the trace is then that of the Gauss-Newton matrix). Give more --steps or --time-limit.",
             "  few           ",
         )
     if study.model["vacuous"]:
@@ -115,15 +115,20 @@ def _refits(study: Study, judge: str) -> str:
     rows = [row for row in study.rows if row.get("refit")]
     if not rows:
         return ""
-    wide = (12, 10, 14, 12, 16)
+    wide = (12, 10, 20, 20, 14)
     lines = [f"MEASURED with {judge} at the spectral estimate:", "",
-             _cells(("eps", "sparsity", "loss rises by", "within eps", "held-out"), wide)]  # fmt: skip
+             _cells(("eps", "sparsity", "calib. loss rises", "held-out loss rises", "held-out"), wide)]  # fmt: skip
     for row in rows:
         refit = row["refit"]
         label = f"auto {row['value']:.3g}" if row["eps"] == "auto" else f"{row['value']:.3g}"
-        yes = "yes" if refit["rise"] <= row["value"] else "no"
-        cells = (label, _share(refit["sparsity"]), _rise(refit["rise"]), yes, _held(study, refit))
+        cells = (label, _share(refit["sparsity"]), _rise(refit["rise"]), _rise(refit.get("held_out_rise")),
+                 _held(study, refit))  # fmt: skip
         lines.append(_cells(cells, wide))
+    lines.append("")
+    lines += _wrap(
+        "A recipe fits its weights to the calibration images, so that only the held-out figures judge it. Where they "
+        "are far apart, give more --samples."
+    )
     return "\n".join(lines)
 
 
@@ -140,36 +145,39 @@ def _pattern(study: Study, judge: str | None) -> str:
         lines += _wrap(f"{len(nm['misfits'])} layers whose input channels it does not divide stay dense.", "  ")
     if not nm["sparsity"]:
         return "\n".join([*lines, "  It fits no layer, so nothing was measured."])
-    wide = (28, 16, 16)
-    lines += ["", _cells(("  ", "loss rises by", "held-out"), wide)]
-    lines.append(_cells(("  predicted, isotropic", _rise(nm["predicted_isotropic"]), ""), wide))
-    lines.append(_cells(("  predicted, quadratic", _rise(nm["predicted_quadratic"]), ""), wide))
-    alone = nm["measured"]
-    lines.append(_cells(("  MEASURED, zeroing alone", _rise(alone["rise"]), _held(study, alone)), wide))
-    if nm["refit"]:
-        lines.append(_cells((f"  MEASURED, {judge}", _rise(nm["refit"]["rise"]), _held(study, nm["refit"])), wide))
+    wide = (27, 20, 21, 12)
+    lines += ["", _cells(("  ", "calib. loss rises", "held-out loss rises", "held-out"), wide)]
+    lines.append(_cells(("  predicted, isotropic", _rise(nm["predicted_isotropic"]), "", ""), wide))
+    lines.append(_cells(("  predicted, quadratic", _rise(nm["predicted_quadratic"]), "", ""), wide))
+    for title, found in (("zeroing alone", nm["measured"]), (judge, nm["refit"])):
+        if found:
+            cells = (f"  MEASURED, {title}", _rise(found["rise"]), _rise(found.get("held_out_rise")),
+                     _held(study, found))  # fmt: skip
+            lines.append(_cells(cells, wide))
     lines += ["", *_wrap(verdict(study, judge), "  ")]
     return "\n".join(lines)
 
 
 def verdict(study: Study, judge: str | None) -> str:
-    """One sentence per measurement; a prediction never decides."""
+    """One sentence per measurement; a prediction never decides, nor images that the weights were fitted to."""
     nm = study.nm
     assert nm is not None
     pattern = nm["pattern"]
 
     def said(found: dict[str, Any]) -> tuple[str, bool]:
-        within = [row for row in study.rows if found["rise"] <= row["value"]]
+        rise = found.get("held_out_rise", found["rise"])
+        within = [row for row in study.rows if rise <= row["value"]]
         if not within:
             return f"more than every tolerance above (largest {max(row['value'] for row in study.rows):g})", False
         least = min(within, key=lambda row: row["value"])
         return f"within eps {least['value']:.3g}", True
 
     text, good = said(nm["measured"])
-    start = f"{pattern} by zeroing alone: {'safe, ' if good else 'NOT safe, '}the loss rises {text}."
+    what = "the held-out loss" if _has_held(study) else "the calibration loss (no other images judged it)"
+    start = f"{pattern} by zeroing alone: {'safe, ' if good else 'NOT safe, '}{what} rises {text}."
     if nm["refit"]:
         text, good = said(nm["refit"])
-        return f"{start} With {judge}: {'safe, ' if good else 'NOT safe, '}the loss rises {text}."
+        return f"{start} With {judge}: {'safe, ' if good else 'NOT safe, '}it rises {text}."
     return f"{start} Whether a method that updates weights makes it safe was not measured: give --recipe snows."
 
 
