@@ -50,9 +50,11 @@ def importance(
     diagonal is 1.  Layers that read the same input share one, over all their outputs, so that separate query, key and
     value projections weigh as one fused layer does.
     share, metric: 0 weighs all alike, 1 by influence alone.  probes: random vectors per image.  micro: images that are
-    differentiated together, which bounds the memory.  Layers whose output no module returns get neither.
+    differentiated together, which bounds the memory.  Layers whose output no module returns, or whose output does not
+    have the images as its first dimension, get neither.
     """
     modules = dict(model.named_modules())
+    sites = images_first(model, modules, sites, batches[0]) if len(batches) else sites
     moments: dict[Key, Metric] = {}
     gather = moments if metric > 0 else None
     found: list[dict[Key, Tensor]] = []
@@ -86,6 +88,31 @@ def importance(
         scale = m.moment.diagonal().mean().clamp_min(torch.finfo(m.moment.dtype).tiny)
         m.moment = (1 - metric) * torch.eye(len(m.moment)).to(m.moment) + metric * m.moment / scale
     return found, moments
+
+
+def images_first(model: nn.Module, modules: dict[str, nn.Module], sites: list[Site], batch: Any) -> list[Site]:
+    """The sites that can be weighed image by image: one linear output with twice as many rows for two images as for one.
+
+    Where tokens come before images, what a few images at a time give cannot be put behind each other.
+    """
+    lengths: list[dict[str, int]] = []
+    for count in (1, 2):
+        seen: dict[str, int] = {}
+
+        def note(s: Site, seen: dict[str, int] = seen) -> Any:
+            def hook(module: nn.Module, args: Any, out: Any) -> None:
+                if torch.is_tensor(out):
+                    seen[s.name] = len(out)
+
+            return hook
+
+        with quiet(model), torch.no_grad(), _hooks(*(modules[s.module].register_forward_hook(note(s)) for s in sites)):
+            part = cut(batch, 0, count)
+            feed(model, tree_map(lambda t: t.to(_device(model)) if torch.is_tensor(t) else t, part))
+        lengths.append(seen)
+    one, two = lengths
+    alone = len(_tensors(batch)[0]) < 2
+    return [s for s in sites if s.conv is not None or alone or two.get(s.name) == 2 * one.get(s.name, -1)]
 
 
 def _influence(

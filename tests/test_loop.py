@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from hf_prune import loop, sites
+from hf_prune.importance import importance
 from hf_prune.loop import Recipe, plan, prune
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -409,3 +410,29 @@ def test_a_fused_layer_and_its_parts_get_the_same_weights():
             torch.testing.assert_close(joined, getattr(f.parts[0], kind).data, rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(s.out.weight, f.out.weight, rtol=1e-6, atol=1e-8)
         assert not torch.allclose(s.out.weight, a.out.weight, rtol=1e-3)  # the metric matters
+
+
+class TokensFirst(Mixed):
+    """The same network on (tokens, images, channels)."""
+
+    def forward(self, x):
+        x = self.stem(x.transpose(0, 1))
+        for b in self.blocks:
+            x = b(x)
+        return self.head(x[0])
+
+
+def test_images_behind_the_first_dimension_are_not_weighed_in_a_wrong_order():
+    torch.manual_seed(0)
+    inside = TokensFirst(False).double()
+    batches = [torch.randn(16, 8, 6, dtype=torch.float64)]  # 8 tokens: as many as images are differentiated together
+    weights, metrics = importance(inside, sites.find(inside, batches[0][:2]).sites, batches, 0.9, 0.5)
+    assert [len(w) for w in weights[0].values()] == [16], "the head alone reads an image per row"
+    assert [list(m.rows) for m in metrics.values()] == [["head.weight"]]
+    first = Mixed(False).double()
+    found = sites.find(first, batches[0][:2]).sites
+    whole, _ = importance(first, found, batches, 0.9, 0.5, micro=16)
+    parts, _ = importance(first, found, batches, 0.9, 0.5, micro=3)
+    assert {len(w) for w in whole[0].values()} == {16, 16 * 8}
+    for key, w in whole[0].items():
+        torch.testing.assert_close(w, parts[0][key])
