@@ -91,7 +91,7 @@ def importance(
 
 
 def images_first(model: nn.Module, modules: dict[str, nn.Module], sites: list[Site], batch: Any) -> list[Site]:
-    """The sites that can be weighed image by image: one linear output with twice as many rows for two images as for one.
+    """The sites that can be weighed image by image: their output is twice as long for two images as for one.
 
     Where tokens come before images, what a few images at a time give cannot be put behind each other.
     """
