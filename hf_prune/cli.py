@@ -239,17 +239,29 @@ def _terminable() -> Iterator[None]:
     """SIGTERM ends the run as Ctrl-C does, with the last checkpoint intact and a word about it."""
 
     def stop(number: int, frame: object) -> None:
-        raise Terminated
+        _asked.append(Terminated if number == signal.SIGTERM else KeyboardInterrupt)
+        raise _asked[-1]
 
     try:
-        before = signal.signal(signal.SIGTERM, stop)
+        before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not the main thread: whoever runs it there decides about signals
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _asked.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_asked: list[type[KeyboardInterrupt]] = []
+
+
+def _heed() -> None:
+    """Stop if asked to: what a signal raises is lost where it lands in a finalizer or a callback of a C library."""
+    if _asked:
+        raise _asked[-1]
 
 
 def _complain(error: object) -> None:
@@ -830,6 +842,7 @@ class Progress:
             self.bar.close()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
+        _heed()
         if self.say.quiet:
             return
         kind = event["event"]

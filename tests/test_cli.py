@@ -604,6 +604,26 @@ SLOW = ("--samples", 64, "--batch-size", 2)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, cli.Terminated)])
+def test_a_signal_that_a_finalizer_swallowed_stops_the_run_at_the_next_layer(number: int, kind: type) -> None:
+    class Swallows:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    import gc
+
+    with cli._terminable():
+        held = Swallows()
+        del held
+        gc.collect()
+        with pytest.raises(kind):
+            cli._heed()
+    cli._heed()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_leaves_no_folder_and_resumes_to_the_same_bits(kind: int, slow: Path, tmp_path: Path) -> None:
     code, said = stopped(slow, tmp_path, kind, r"^ *15/48 ", *SLOW)
