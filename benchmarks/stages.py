@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import resource
 import time
 from collections import defaultdict
@@ -87,7 +86,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--recipe", default="snows")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="a page with markers to put the table into: docs/speed.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -125,20 +124,22 @@ def main() -> None:
     operations["streams advance"] = 2 * forward * images
     seconds["everything else"] = whole - sum(seconds.values())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{name}, {args.samples} images, recipe {args.recipe}, {args.threads} thread(s): {whole:.0f} s, "
-          f"peak of memory {memory:.2f} GiB; matrix-product peak {best / 1e9:.0f} GFLOP/s\n")  # fmt: skip
-    print("| stage | calls | GFLOP | s | % of the time | % of the peak |\n|---|---|---|---|---|---|")
-    rows = []
+    lines = [
+        f"{name}, {args.samples} images, recipe `{args.recipe}`, {args.threads} thread(s): {whole:.0f} s, "
+        f"peak of memory {memory:.2f} GiB; matrix-product peak {best / 1e9:.0f} GFLOP/s.", "",
+        "| stage | calls | GFLOP | s | % of the time | % of the peak |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
     for name in sorted(seconds, key=lambda n: -seconds[n]):
         share = operations[name] / seconds[name] / best if operations[name] else None
-        rows.append({"stage": name, "calls": calls[name], "gflop": operations[name] / 1e9, "seconds": seconds[name],
-                     "of_peak": share})  # fmt: skip
-        print(f"| {name} | {calls[name] or ''} | {operations[name] / 1e9 or 0:.0f} | {seconds[name]:.1f} | "
-              f"{100 * seconds[name] / whole:.0f} | {'' if share is None else f'{100 * share:.0f}'} |")  # fmt: skip
-    if args.output:
-        result = {"model": name, "samples": args.samples, "recipe": args.recipe, "threads": args.threads,
-                  "seconds": whole, "memory_gib": memory, "peak_gflops": best / 1e9, "rows": rows}  # fmt: skip
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        counted, reached = ("", "") if share is None else (f"{operations[name] / 1e9:.0f}", f"{100 * share:.0f}")
+        lines.append(f"| {name} | {calls[name] or ''} | {counted} | {seconds[name]:.1f} | "
+                     f"{100 * seconds[name] / whole:.0f} | {reached} |")  # fmt: skip
+    print("\n".join(lines))
+    if args.output:  # the table replaces the one between the page's markers
+        text = args.output.read_text()
+        begin, end = "<!-- stages: begin -->\n", "<!-- stages: end -->"
+        head, rest = text.split(begin)
+        args.output.write_text(head + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1])
 
 
 if __name__ == "__main__":
