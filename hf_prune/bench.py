@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,9 +98,7 @@ def write(folder: str | Path, report: Mapping[str, Any], speed: Mapping[str, Any
     assert not wrong, " ".join(wrong)
     text = card.render(new, name=Path(folder).resolve().name)
     for name, content in ((checkpoint.REPORT, checkpoint.to_json(new)), (checkpoint.CARD, text)):
-        part = Path(folder) / (name + ".part")
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, Path(folder) / name)
+        checkpoint.put(Path(folder) / name, content)
 
 
 def table(speed: Mapping[str, Any], *, width: int = WIDTH) -> str:

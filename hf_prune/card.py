@@ -16,6 +16,7 @@ import yaml
 
 from . import assets
 from .checkpoint import size
+from .intervals import percent
 
 URL = "https://pypi.org/project/hf-prune"
 # owner/name or the old bare name, as the Hub allows them; anything else is a local path
@@ -207,7 +208,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
     dense, pruned, change = evaluation.get("dense"), evaluation.get("pruned"), evaluation.get("difference")
     for key, words in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy")):
         if dense and pruned and dense.get(key) is not None and pruned.get(key) is not None:
-            rows.append((words, _percent(dense, key), _percent(pruned, key)))
+            rows.append((words, percent(dense, key), percent(pruned, key)))
             if change and change.get(key) is not None:
                 low, high = (100 * end for end in change[f"{key}_interval"])
                 points = f"{100 * change[key]:+.1f} [{low:+.1f}, {high:+.1f}]"
@@ -215,7 +216,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
     if dense and pruned and dense.get("ece") is not None and pruned.get("ece") is not None:
         rows.append(("expected calibration error", f"{100 * dense['ece']:.1f} %", f"{100 * pruned['ece']:.1f} %"))
     if evaluation.get("agreement") is not None:
-        rows.append(("same top-1 answer as the dense model", "", _percent(evaluation, "agreement")))
+        rows.append(("same top-1 answer as the dense model", "", percent(evaluation, "agreement")))
     for key, what in (("logit_error", "logits"), ("representation_error", "representations")):
         if evaluation.get(key) is not None:
             interval = evaluation.get(f"{key}_interval")
@@ -261,12 +262,6 @@ def _worst(evaluation: Mapping[str, Any]) -> str:
         for row in found["worst"]
     ]
     return f"\n\n{said}\n\n" + _table(("class", "dense", "pruned", "p"), rows)
-
-
-def _percent(scores: Mapping[str, Any], key: str) -> str:
-    interval = scores.get(f"{key}_interval")
-    around = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
-    return f"{100 * scores[key]:.1f} %{around}"
 
 
 def _recipe_words(recipe: Mapping[str, Any]) -> str:

@@ -160,12 +160,17 @@ def update(folder: str | Path, old: Mapping[str, Any], new: Mapping[str, Any]) -
                      f"delete it and give the command again.")  # fmt: skip
     try:
         for target, content in files.items():
-            partial = target.with_name(f".{target.name}.partial-{_mine()}")
-            partial.write_text(content, encoding="utf-8")
-            os.replace(partial, target)
+            put(target, content)
     except OSError as error:
         raise ValueError(f"{folder} could not be written to: {error.strerror or error}.") from error
     return notes
+
+
+def put(target: Path, content: str) -> None:
+    """Write a text file so that whoever reads it meanwhile sees the old one or the new one, whole."""
+    partial = target.with_name(f".{target.name}.partial-{_mine()}")
+    partial.write_text(content, encoding="utf-8")
+    os.replace(partial, target)
 
 
 @contextlib.contextmanager

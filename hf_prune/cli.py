@@ -186,11 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words:
         parser().print_help()
         return 2
-    try:
-        args = vars(parser().parse_args(words))
-    except SystemExit as stop:  # argparse has said what it had to say
-        return int(stop.code or 0)
-    return _guard(lambda: run(args, words), verbose)
+    return _guard(lambda: run(vars(parser().parse_args(words)), words), verbose)
 
 
 def _guard(work: Callable[[], int], verbose: bool) -> int:
@@ -198,6 +194,8 @@ def _guard(work: Callable[[], int], verbose: bool) -> int:
     try:
         with _terminable():
             return work()
+    except SystemExit as stop:  # argparse has said what it had to say
+        return int(stop.code or 0)
     except ValueError as error:
         if verbose:
             traceback.print_exc()

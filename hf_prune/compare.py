@@ -32,10 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(words: Sequence[str]) -> int:
     """`hf-prune compare`. Raises ValueError for folders that cannot be read or are of different models."""
-    try:
-        args = parser().parse_args(words)
-    except SystemExit as stop:  # argparse has said what it had to say
-        return int(stop.code or 0)
+    args = parser().parse_args(words)
     from . import checkpoint
 
     found = compare(args.folders)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import source as sources
+from .intervals import percent
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -72,10 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(words: Sequence[str]) -> int:
     """`hf-prune eval`: 0, or 130 after Ctrl-C. Raises ValueError for the user's mistakes."""
-    try:
-        args = parser().parse_args(words)
-    except SystemExit as stop:  # argparse has said what it had to say
-        return int(stop.code or 0)
+    args = parser().parse_args(words)
     from . import checkpoint, cli
     from . import report as reports
 
@@ -394,13 +392,13 @@ def text(name: str, report: Mapping[str, Any], found: Mapping[str, Any]) -> list
         for key, words in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy")):
             if change[key] is not None:
                 points = _points(change[key], change[f"{key}_interval"])
-                lines.append(_row(words, _share(dense, key), _share(pruned, key), points))
+                lines.append(_row(words, percent(dense, key), percent(pruned, key), points))
         errors = [f"{100 * scores['ece']:.1f} %" for scores in (dense, pruned)]
         lines.append(_row("calibration error", errors[0], errors[1], _points(pruned["ece"] - dense["ece"])))
     if rate := found.get("throughput"):
         lines.append(_row("images per second", f"{rate['dense']:.1f}", f"{rate['pruned']:.1f}", ""))
     if found["agreement"] is not None:
-        lines.append(_row("same first answer", "", _share(found, "agreement"), ""))
+        lines.append(_row("same first answer", "", percent(found, "agreement"), ""))
     for key, words in (("logit_error", "relative logit error"), ("representation_error", "representation error")):
         if found.get(key) is not None:
             low, high = found[f"{key}_interval"]
@@ -413,11 +411,6 @@ def text(name: str, report: Mapping[str, Any], found: Mapping[str, Any]) -> list
 
 def _row(words: str, dense: str, pruned: str, change: str) -> str:
     return (words + dense.rjust(36 - len(words)) + pruned.rjust(22) + change.rjust(22)).rstrip()
-
-
-def _share(scores: Mapping[str, Any], key: str) -> str:
-    low, high = (100 * end for end in scores[f"{key}_interval"])
-    return f"{100 * scores[key]:.1f} % [{low:.1f}, {high:.1f}]"
 
 
 def _points(value: float, interval: Sequence[float] | None = None) -> str:

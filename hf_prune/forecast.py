@@ -308,10 +308,7 @@ def run(words: Sequence[str]) -> int:
     group = parser.add_argument_group("plan")
     group.add_argument("--json", action="store_true", help="for machines")
     group.add_argument("--no-probe", action="store_true", help="do not measure the time on two images")
-    try:
-        args = vars(parser.parse_args(list(words)))
-    except SystemExit as stop:  # argparse has said what it had to say
-        return int(stop.code or 0)
+    args = vars(parser.parse_args(list(words)))
     options = {key: bool(args.pop(key, False)) for key in ("json", "no_probe")}
     args.pop("dry_run", None)
     return cli.run({**args, "dry_run": True}, ["plan", *words], plan_only=options)

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from . import ranks
-from .sites import Site, _tensors, cut, feed, quiet
+from .sites import Site, _tensors, cut, feed, placed, quiet
 from .walk import _hooks
 
 Key = tuple[int, Any]  # (source, conv): sites that share their input share its weights
@@ -107,8 +106,7 @@ def images_first(model: nn.Module, modules: dict[str, nn.Module], sites: list[Si
             return hook
 
         with quiet(model), torch.no_grad(), _hooks(*(modules[s.module].register_forward_hook(note(s)) for s in sites)):
-            part = cut(batch, 0, count)
-            feed(model, tree_map(lambda t: t.to(_device(model)) if torch.is_tensor(t) else t, part))
+            feed(model, placed(cut(batch, 0, count), _device(model)))
         lengths.append(seen)
     one, two = lengths
     alone = len(_tensors(batch)[0]) < 2
@@ -137,7 +135,7 @@ def _influence(
     hooks = [modules[sites[k].module].register_forward_hook(keep(k)) for k in eligible]
     with quiet(model), torch.enable_grad():
         with _hooks(*hooks):
-            result = feed(model, tree_map(lambda t: t.to(_device(model)) if torch.is_tensor(t) else t, part))
+            result = feed(model, placed(part, _device(model)))
         ends = [t for t in _tensors(result) if t.is_floating_point() and t.requires_grad]
         if not ends or not outputs:
             return {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,13 @@ def wilson(hits: int, count: int) -> list[float]:
     middle = (share + square / 2) / (1 + square)
     reach = z * math.sqrt(share * (1 - share) / count + square / (4 * count)) / (1 + square)
     return [max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))]  # rounding must not exclude it
+
+
+def percent(scores: Mapping[str, Any], key: str) -> str:
+    """A share of an evaluation, and its interval where one was measured: "61.2 % [57.8, 64.5]"."""
+    interval = scores.get(f"{key}_interval")
+    around = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
+    return f"{100 * scores[key]:.1f} %{around}"
 
 
 def mcnemar(lost: int, won: int) -> float:

@@ -21,6 +21,7 @@ class exact_matmul:
     def __exit__(self, *failure: Any) -> None:
         torch.set_float32_matmul_precision(self.before)
 
+
 _SEEN: ContextVar[list[Tensor] | None] = ContextVar("residuals", default=None)
 
 

@@ -270,10 +270,8 @@ def small_batch(model: nn.Module, batch: Any) -> Any:
         raise ValueError("no calibration batch was given; at least one image is needed.")
     if len(have) == 1:
         return small
-    host = torch.utils._pytree.tree_map(lambda t: t.cpu() if torch.is_tensor(t) else t, small)
-    device = next(model.parameters()).device
-    told = ranks.told(host, have.index(True))
-    return torch.utils._pytree.tree_map(lambda t: t.to(device) if torch.is_tensor(t) else t, told)
+    told = ranks.told(sites.placed(small, "cpu"), have.index(True))
+    return sites.placed(told, next(model.parameters()).device)
 
 
 def dense_entry(row: Row) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .axes import Axis, Dimension, Label, freeze, fresh, join, leaves, outer_part, split
+from .axes import Axis, Dimension, Label, freeze, fresh, join, outer_part
 from .sites import aten
 
 if TYPE_CHECKING:
@@ -42,24 +42,14 @@ def _view(watch: Watch, func: Any, args: tuple, kwargs: dict, out: Any) -> list[
     if not out.numel():
         return None
     label = watch.label(args[0])
-    left = leaves(axis for dimension in label for axis in dimension)
+    left = tuple(axis for dimension in label for axis in dimension)
     result = []
     for size in out.shape:
-        taken: list[Axis] = []
-        have = 1
-        while have < size:
-            axis, need = left.pop(0), size // have
-            if size % have == 0 and need % axis.size == 0:
-                taken.append(axis)
-                have *= axis.size
-            elif size % have == 0 and axis.size % need == 0:
-                outer, inner = split(axis, need)
-                taken.append(outer)
-                left.insert(0, inner)
-                have = size
-            else:
-                return None
-        result.append(tuple(taken))
+        dealt = outer_part(left, size)
+        if dealt is None:
+            return None
+        taken, left = dealt
+        result.append(taken)
     return [tuple(result)]
 
 

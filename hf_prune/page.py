@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import source as sources
+from .intervals import percent
 
 if TYPE_CHECKING:
     from .pictures import Picture
@@ -62,10 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(words: Sequence[str]) -> int:
     """`hf-prune report`. Raises ValueError for folders that cannot be read or written, or are of different models."""
-    try:
-        args = parser().parse_args(words)
-    except SystemExit as stop:  # argparse has said what it had to say
-        return int(stop.code or 0)
+    args = parser().parse_args(words)
     from . import cli
 
     say = cli.Talk(quiet=args.quiet)
@@ -105,9 +103,7 @@ def write(
         if len(folders) == 1 and output is None:
             notes += _into_card(Path(folders[0]), next(iter(reports.values())), drawn)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(render(reports, found, drawn), encoding="utf-8")
-        os.replace(partial, path)
+        checkpoint.put(path, render(reports, found, drawn))
     except OSError as error:
         raise ValueError(f"{path} could not be written: {error.strerror or error}.") from error
     return path, notes
@@ -292,12 +288,12 @@ def _scores(told: Mapping[str, Any]) -> tuple[Sequence[str], list[Sequence[Any]]
     dense, pruned, change = (told.get(key) or {} for key in ("dense", "pruned", "difference"))
     for key, words in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy")):
         if pruned.get(key) is not None:
-            rows.append([words, _share(dense, key), _share(pruned, key), _points(change, key)])
+            rows.append([words, percent(dense, key), percent(pruned, key), _points(change, key)])
     if pruned.get("ece") is not None:
         rows.append(["expected calibration error", *(f"{100 * part['ece']:.1f} %" for part in (dense, pruned)),
                      f"{100 * (pruned['ece'] - dense['ece']):+.1f}"])  # fmt: skip
     if told.get("agreement") is not None:
-        rows.append(["same first answer", "", _share(told, "agreement"), ""])
+        rows.append(["same first answer", "", percent(told, "agreement"), ""])
     for key, words in (("logit_error", "relative logit error"), ("representation_error", "representation error")):
         if told.get(key) is not None:
             low, high = told.get(f"{key}_interval") or (None, None)
@@ -319,12 +315,6 @@ def _classes(told: Mapping[str, Any]) -> list[str]:
             for r in found["worst"]]  # fmt: skip
     said = f"Classes that lost most, of {found['judged']} with at least {found['fewest']} images"
     return [f"<p class=note>{said}; p for the worst of that many.</p>", _table(("class", "dense", "pruned", "p"), rows)]
-
-
-def _share(scores: Mapping[str, Any], key: str) -> str:
-    interval = scores.get(f"{key}_interval")
-    around = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
-    return f"{100 * scores[key]:.1f} %{around}"
 
 
 def _points(change: Mapping[str, Any], key: str) -> str:

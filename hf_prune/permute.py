@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from . import channels, ranks, regroup
 from .channels import Axis, Channels, Member
-from .linalg import cholesky
+from .linalg import inverse_diagonal
 from .pattern import Pattern
-from .sites import Site, Tape, Use, _tensors, feed, parameters, quiet
+from .sites import Site, Tape, Use, _tensors, feed, parameters, placed, quiet
 
 # What an order should keep: |w|, |w| times the norm of its input, or the OBS saliency |w| / sqrt([H⁻¹]_jj).
 SCORES = ("none", "magnitude", "activation", "obs")
@@ -135,7 +135,7 @@ def moments(model: nn.Module, sites: list[Site], batches: Sequence[Any], diagona
     device = next(model.parameters()).device
     with quiet(model), torch.no_grad(), Tape(parameters(model), use):
         for batch in batches:
-            feed(model, torch.utils._pytree.tree_map(lambda t: t.to(device) if torch.is_tensor(t) else t, batch))
+            feed(model, placed(batch, device))
     ranks.sum_(sums.values())
     return sums
 
@@ -157,8 +157,8 @@ def scores(
             xx = data[s.name]
             eye = torch.eye(xx.shape[-1], dtype=xx.dtype, device=xx.device)
             scale = xx.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
-            inverse = torch.cholesky_inverse(cholesky(xx + options.ridge * scale[..., None, None] * eye))
-            value = w.abs() / inverse.diagonal(dim1=-2, dim2=-1).sqrt()[..., None, :]
+            diagonal = inverse_diagonal(xx + options.ridge * scale[..., None, None] * eye)
+            value = w.abs() / diagonal.sqrt()[..., None, :]
         s.write(found[s.parameter], value.pow(options.power))
     return found
 
@@ -251,7 +251,7 @@ def _kept(score: Tensor, n: int, m: int) -> float:
 def _run(model: nn.Module, batch: Any) -> list[Tensor]:
     device = next(model.parameters()).device
     with quiet(model), torch.no_grad():
-        out = feed(model, torch.utils._pytree.tree_map(lambda t: t.to(device) if torch.is_tensor(t) else t, batch))
+        out = feed(model, placed(batch, device))
     return [t.detach().double() for t in _tensors(out) if t.is_floating_point()]
 
 

@@ -13,6 +13,7 @@ from . import compress, schema
 from . import recipe as recipes
 from .card import duration
 from .checkpoint import size
+from .intervals import percent
 
 if TYPE_CHECKING:
     from .loop import Report
@@ -132,9 +133,9 @@ def _scores(evaluation: Mapping[str, Any] | None) -> list[str]:
         lines.append(_row("", "dense", "pruned"))
         for key, words in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy")):
             if dense.get(key) is not None and pruned.get(key) is not None:
-                lines.append(_row(words, _share(dense, key), _share(pruned, key)))
+                lines.append(_row(words, percent(dense, key), percent(pruned, key)))
     if evaluation.get("agreement") is not None:
-        lines.append(_row("same first answer", "", _share(evaluation, "agreement")))
+        lines.append(_row("same first answer", "", percent(evaluation, "agreement")))
     for key, words in (("logit_error", "relative logit error"), ("representation_error", "representation error")):
         if evaluation.get(key) is not None:
             interval = evaluation.get(f"{key}_interval")
@@ -146,9 +147,3 @@ def _scores(evaluation: Mapping[str, Any] | None) -> list[str]:
 
 def _row(words: str, dense: str, pruned: str) -> str:
     return f"{words:<22}{dense:>26}{pruned:>26}".rstrip()
-
-
-def _share(scores: Mapping[str, Any], key: str) -> str:
-    interval = scores.get(f"{key}_interval")
-    around = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
-    return f"{100 * scores[key]:.1f} %{around}"

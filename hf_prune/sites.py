@@ -214,6 +214,11 @@ def cut(batch: Any, first: int, last: int) -> Any:
     return torch.utils._pytree.tree_map(lambda t: t[first:last] if torch.is_tensor(t) and t.dim() else t, batch)
 
 
+def placed(batch: Any, device: torch.device | str) -> Any:
+    """A batch, whatever its form, with its tensors on a device."""
+    return torch.utils._pytree.tree_map(lambda t: t.to(device) if torch.is_tensor(t) else t, batch)
+
+
 def parameters(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter once, under its first name; tied weights are one.
 

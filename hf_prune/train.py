@@ -96,10 +96,7 @@ def run(words: Sequence[str]) -> int:
     from . import checkpoint, training_recipe
     from .cli import Talk, _hush, on_main, process_state
 
-    try:
-        args = vars(parser().parse_args(list(words)))
-    except SystemExit as stop:  # argparse has said what it had to say
-        return int(stop.code or 0)
+    args = vars(parser().parse_args(list(words)))
     flags = {key: value for key, value in args.items() if key not in training_recipe.COMMAND_ONLY}
     chosen = training_recipe.resolve(args.get("recipe"), flags=flags, sets=args.get("set", ()), l1=args.get("l1"))
     for one, other in (("overwrite", "resume"), ("quiet", "verbose")):

@@ -3,20 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import Lambda
 from torch import nn
 
 from hf_prune import channels, permute
-
-
-class Lambda(nn.Module):
-    def __init__(self, forward, **layers):
-        super().__init__()
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-        self.run = forward
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def conv(i, o, k=1, **options):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from nets import Block
 from torch import nn
 
 from hf_prune import loop, sites
@@ -22,15 +23,6 @@ DEFAULT = Recipe(nm="2:4")
 KSTEP = Recipe(nm="2:4", mask={"method": "magnitude"}, solve={"method": "snows", "k": 2, "cg": 4}, target={"mix": 0.0})
 REFINED = Recipe(nm="2:4", refine={"method": "snows", "cg": 4})
 RECIPES = {"least squares": DEFAULT, "K-step": KSTEP, "refined": REFINED}
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x):
-        return x + self.b(self.a(self.norm(x)).relu())
 
 
 class Plain(nn.Module):

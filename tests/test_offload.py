@@ -3,20 +3,12 @@
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from nets import Block
 from torch import nn
 
 from hf_prune.loop import Recipe, plan, prune
 
 RECIPE = Recipe(nm="2:4", target={"metric": 0.5})
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x):
-        return x + self.b(self.a(self.norm(x)).relu())
 
 
 class Net(nn.Module):

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+from nets import Block
 from torch import nn
 
 from hf_prune import ranks
@@ -22,15 +23,6 @@ DEFAULT = Recipe(nm="2:4")
 METRIC = Recipe(nm="2:4", target={"metric": 0.5})  # the output metric couples rows: masks are divided, solves are not
 SPARSEGPT = Recipe(nm="2:4", mask={"method": "sparsegpt"}, solve=None)
 HALF = Recipe(sparsity=0.5)  # one threshold for a layer: its rows are not divided
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x):
-        return x + self.b(self.a(self.norm(x)).relu())
 
 
 def network():

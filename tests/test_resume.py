@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import vision
+from nets import Block
 from torch import nn
 
 from hf_prune import cli, resume
@@ -21,15 +22,6 @@ from hf_prune.resume import NotSaved, Saved, differences
 
 DEFAULT = Recipe(nm="2:4")
 fork = multiprocessing.get_context("fork") if os.name == "posix" else None
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x):
-        return x + self.b(self.a(self.norm(x)).relu())
 
 
 def network(blocks=4):

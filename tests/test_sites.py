@@ -6,25 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import Lambda
 from torch import nn
 
 from hf_prune import sites
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import architectures  # noqa: E402
-
-
-class Lambda(nn.Module):
-    """A model of one function over named layers."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-        self.run = forward
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def one(model, x):
