@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from . import junction, ranks
 from .objective import Gram
-from .sites import Site, Stop, Tape, Use, quiet
+from .sites import Site, Stop, Tape, Use, _tensors, quiet
 from .walk import Unit, Walk, _hooks
 
 
@@ -25,6 +26,8 @@ class Target:
     bias: refit biases too (or the running mean of the batch norm that follows).
     importance: how far samples weigh by their influence on the model's output (importance.py) rather than alike.
     metric: the same for the directions of a layer's output; couples the rows of a weight.
+    group: `layer`, a layer's inputs are those of the block with the layers before it pruned, or `block`, one forward
+    for all layers of a block.
     """
 
     mix: float = 0.5
@@ -32,6 +35,25 @@ class Target:
     bias: bool = True
     importance: float = 0.9
     metric: float = 0.0
+    group: str = "layer"
+
+    def __post_init__(self) -> None:
+        if self.group not in ("layer", "block"):
+            raise ValueError(f"target.group {self.group}: choose layer or block.")
+
+
+@dataclass
+class Ahead:
+    """What the dense network does with one batch in the unit that is being pruned, computed once for all its stages."""
+
+    goals: dict[str, list[Tensor]]  # site name -> the outputs of its uses
+    joined: dict[int, Tensor]  # the residual stream after its additions
+    out: Any  # what the unit returns
+
+    def size(self) -> int:
+        """Bytes."""
+        kept = [*self.joined.values(), *(t for ts in self.goals.values() for t in ts), *_tensors(self.out)]
+        return sum(t.numel() * t.element_size() for t in kept)
 
 
 @dataclass
@@ -41,6 +63,7 @@ class Pair:
     dense: Any
     pruned: Any
     weights: dict[tuple, Tensor] = field(default_factory=dict)  # (source, conv) -> importance of each sample
+    ahead: Ahead | None = None
 
     @property
     def drifted(self) -> bool:
@@ -50,8 +73,8 @@ class Pair:
 @contextlib.contextmanager
 def holding(model: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
     """The model with `values` in place of the parameters and buffers of those names, for the length of a `with`."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    before = {n: tensors[n].data for n in values}
+    tensors: dict[str, Any] = {n: functools.reduce(getattr, n.split("."), model) for n in values}
+    before = {n: t.data for n, t in tensors.items()}
     for n, v in values.items():
         tensors[n].data = v
     try:
@@ -92,19 +115,39 @@ def grams(
     return stage.sums
 
 
+AHEAD = 2**30  # bytes of the dense network's activations in one unit that may be kept on a CPU; beyond, they are redone
+
+
+def look_ahead(
+    walk: Walk, i: int, sites: list[Site], pairs: list[Pair], dense: dict[str, Tensor], target: Target,
+    room: int = AHEAD,
+) -> None:  # fmt: skip
+    """Fill in `ahead` of as many pairs as there is room for, in bytes.  On a GPU, which redoes it faster: of none."""
+    stage = Stage(walk, i, sites, dense, target, sums=False)
+    for pair in pairs if walk.device.type == "cpu" else ():
+        pair.ahead = stage.ahead(pair)
+        room -= pair.ahead.size()
+        if room < 0:
+            pair.ahead = None
+            break
+
+
 class Stage:
     """The sites of one stage, and their sums while they grow."""
 
-    def __init__(self, walk: Walk, i: int, sites: list[Site], dense: dict[str, Tensor], target: Target) -> None:
+    def __init__(
+        self, walk: Walk, i: int, sites: list[Site], dense: dict[str, Tensor], target: Target, sums: bool = True
+    ) -> None:  # fmt: skip
         self.walk, self.index, self.sites, self.dense = walk, i, sites, dense
         self.modules = dict(walk.model.named_modules())
         self.place = {(s.parameter, s.rows): k for k, s in enumerate(sites)}
         self.uses = sum(s.uses for s in sites)
-        self.sums = [Gram.zeros(s.read(walk.model.get_parameter(s.parameter))) for s in sites]
+        self.sums = [Gram.zeros(s.read(walk.model.get_parameter(s.parameter))) for s in sites if sums]
         self.first: list[int] = []  # the first site with the same input: it holds the moments that they share
         for k, s in enumerate(sites):
             self.first.append(next(j for j, t in enumerate(sites) if (t.source, t.conv) == (s.source, s.conv)))
-            self.sums[k].xx, self.sums[k].sx = self.sums[self.first[k]].xx, self.sums[self.first[k]].sx
+            if sums:
+                self.sums[k].xx, self.sums[k].sx = self.sums[self.first[k]].xx, self.sums[self.first[k]].sx
         # sites whose output joins the residual stream, and the addition where it does
         self.joined = {k: s.junction for k, s in enumerate(sites) if target.residual and s.junction is not None}
 
@@ -140,7 +183,7 @@ class Stage:
             leaves = {k: junction.Leaf() for k in self.joined}
             hooks = [self.modules[self.sites[k].module].register_forward_hook(leaf) for k, leaf in leaves.items()]
             with _hooks(*hooks), torch.enable_grad():
-                sums = self.watch(pair.pruned, note, joining=True)
+                sums, _ = self.watch(pair.pruned, note, joining=True)
         for k, index in self.joined.items():
             site, y, z, scale = self.sites[k], leaves[k].y, sums[index], self.sites[k].scale
             assert y is not None and scale is not None
@@ -149,8 +192,23 @@ class Stage:
             d = rows.view(rows.shape[0], site.shape[0], -1).movedim(1, 0).contiguous()
             self.sums[k].add_corrections(kept[k], d.to(kept[k].dtype), pair.weights.get((site.source, site.conv)))
 
+    def ahead(self, pair: Pair) -> Ahead:
+        """The dense network's whole run through the unit."""
+        goals: dict[str, list[Tensor]] = {}
+
+        def keep(k: int, use: Use) -> None:
+            if k not in self.joined:
+                goals.setdefault(self.sites[k].name, []).append(use.y.clone())
+
+        with holding(self.walk.model, self.dense), quiet(self.walk.model), torch.no_grad():
+            joined, out = self.watch(pair.dense, keep, joining=True, whole=True)
+        return Ahead(goals, joined, out)
+
     def dense_goals(self, pair: Pair) -> tuple[dict[int, list[Tensor]], dict[int, Tensor]]:
         """The dense network's outputs at the sites, and its residual stream where they join it."""
+        if pair.ahead is not None:
+            named = {k: pair.ahead.goals[s.name] for k, s in enumerate(self.sites) if k not in self.joined}
+            return named, pair.ahead.joined
         goals: dict[int, list[Tensor]] = {}
 
         def keep(k: int, use: Use) -> None:
@@ -158,11 +216,14 @@ class Stage:
                 goals.setdefault(k, []).append(use.y.clone())
 
         with holding(self.walk.model, self.dense), quiet(self.walk.model), torch.no_grad():
-            return goals, self.watch(pair.dense, keep, joining=bool(self.joined))
+            return goals, self.watch(pair.dense, keep, joining=bool(self.joined))[0]
 
-    def watch(self, entry: Any, on_use: Callable[[int, Use], None], joining: bool) -> dict[int, Tensor]:
-        """Run the unit on one entry, only as far as needed; the additions of the residual stream that are wanted."""
-        seen = 0
+    def watch(
+        self, entry: Any, on_use: Callable[[int, Use], None], joining: bool, whole: bool = False
+    ) -> tuple[dict[int, Tensor], Any]:
+        """Run the unit on one entry, only as far as needed unless `whole`: (the additions of the residual stream that
+        are wanted, the unit's output if it got there)."""
+        seen, out = 0, None
 
         def on(use: Use) -> None:
             nonlocal seen
@@ -176,7 +237,8 @@ class Stage:
         wanted = set(self.joined.values()) if joining else set()
         # the tape knows weights by where they are stored now
         live: dict[str, Tensor] = {s.parameter: self.walk.model.get_parameter(s.parameter) for s in self.sites}
-        with junction.Additions(max(wanted, default=None), wanted) as additions, Tape(live, on):
+        last = None if whole else max(wanted, default=None)
+        with junction.Additions(last, wanted) as additions, Tape(live, on):
             with contextlib.suppress(Stop):
-                self.walk.call(self.index, entry)
-        return additions.results
+                out = self.walk.call(self.index, entry)
+        return additions.results, out

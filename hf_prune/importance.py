@@ -9,7 +9,6 @@ v·z with respect to y has expected squared norm ||J||²_F (Hutchinson's estimat
 from __future__ import annotations
 
 import itertools
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ranks
-from .sites import Site, _tensors, cut, feed, placed, quiet
+from .sites import Site, _tensors, cut, feed, marks, placed, quiet
 from .walk import _hooks
 
 Key = tuple[int, Any]  # (source, conv): sites that share their input share its weights
@@ -156,16 +155,24 @@ def _influence(
                     together.setdefault((sites[k].source, sites[k].conv), {})[sites[k].name] = rows
             if moments is not None:
                 for key, parts in together.items():
-                    add(moments, key, parts)
+                    add(moments, key, parts, len(_tensors(part)[0]))
     grouped: dict[Key, list[Tensor]] = {}
     for k, value in influence.items():
         grouped.setdefault((sites[k].source, sites[k].conv), []).append(value / probes)
     return {key: torch.stack(values).mean(0) for key, values in grouped.items()}
 
 
-def add(moments: dict[Key, Metric], key: Key, parts: dict[str, Tensor]) -> None:
+STRONG = 4  # the second moment takes one in so many samples of an image: those that weigh most carry nearly all of it
+
+
+def add(moments: dict[Key, Metric], key: Key, parts: dict[str, Tensor], images: int) -> None:
     """Count the gradients (samples, out) at the outputs of the layers of one input into their second moment."""
     joined = torch.cat(list(parts.values()), dim=1)
+    if len(joined) % images == 0 and len(joined) > STRONG * images:
+        each = joined.unflatten(0, (images, -1))
+        size = joined.square().sum(-1).view(images, -1)
+        top = size.topk(size.shape[1] // STRONG, dim=1).indices
+        joined = each.gather(1, top[..., None].expand(-1, -1, each.shape[2])).flatten(0, 1)
     if key not in moments:
         ends = list(itertools.accumulate((p.shape[1] for p in parts.values()), initial=0))
         rows = {name: slice(a, b) for name, a, b in zip(parts, ends, ends[1:], strict=False)}
@@ -175,16 +182,11 @@ def add(moments: dict[Key, Metric], key: Key, parts: dict[str, Tensor]) -> None:
 
 def _directions(output: Tensor, part: Any, seed: int) -> Tensor:
     """Standard normal, a function of each image and the seed alone: neither batches nor ranks change it."""
-    inputs = _tensors(part)
-    images = next((t for t in inputs if t.is_floating_point()), inputs[0]).detach().cpu()  # token ids have no floats
-    if len(images) != len(output):
+    inputs = marks(part)
+    if len(inputs) != len(output):
         return torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(output)
-    rows = []
-    for image in images:
-        content = image.reshape(-1).view(torch.uint8).numpy().tobytes()  # numpy knows no bfloat16
-        generator = torch.Generator().manual_seed(zlib.crc32(content) + seed)
-        rows.append(torch.randn(output.shape[1:], generator=generator))
-    return torch.stack(rows).to(output)
+    made = [torch.Generator().manual_seed(mark + seed) for mark in inputs]
+    return torch.stack([torch.randn(output.shape[1:], generator=g) for g in made]).to(output)
 
 
 def _device(model: nn.Module) -> torch.device:

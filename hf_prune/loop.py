@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import allocation, memory, methods, microbatch, offload, permute, ranks, resume, sites, staged, streams, walk
-from .collect import Pair, Target, find_junctions, grams, holding
+from .collect import Pair, Target, find_junctions, grams, holding, look_ahead
 from .importance import Key, Metric, importance
 from .linalg import exact_matmul, residuals
 from .objective import Gram
@@ -203,7 +203,7 @@ def prune(
     given = iter(draw(0) if draw else batches)
     first = list(itertools.islice(given, 1))
     batch = first[0][0] if first and isinstance(first[0], (tuple, list)) else first[0] if first else None
-    with offload.onloaded(model), exact_matmul():
+    with offload.onloaded(model), exact_matmul(), sites.quiet(model):
         device = str(next(model.parameters()).device)
         small = small_batch(model, batch)
         chosen = choose(model, small, recipe)
@@ -334,10 +334,12 @@ def run(
             two = recipe.refine is not None or target.mix > 0
 
             def step(pair: Pair, i: int = i, two: bool = two, dense: dict[str, Tensor] = dense) -> None:
-                with holding(model, dense):
-                    after = way.advance(i, pair.dense) if two else None
+                after = None
+                if two:
+                    with holding(model, dense):
+                        after = way.advance(i, pair.dense, pair.ahead and pair.ahead.out)
                 pruned = way.advance(i, pair.pruned)
-                pair.dense, pair.pruned = pruned if after is None else after, pruned
+                pair.dense, pair.pruned, pair.ahead = pruned if after is None else after, pruned, None
 
             pairs = microbatch.advance(way, i, pairs, step, chosen.small, tell)
     return report
@@ -408,7 +410,12 @@ class Block:
         entries: list[dict] = []
         if gram and self.target.residual:
             find_junctions(self.way, self.unit, self.small)
-        for n, stage in enumerate(self.unit.stages):
+        if gram and self.target.mix > 0 and self.way.store.budget is None:
+            where = self.way, self.index
+            ahead = functools.partial(look_ahead, *where, self.unit.sites, self.pairs, self.dense, self.target)
+            microbatch.with_less(ahead, *where, self.pairs, self.batch, self.tell)
+        stages = [self.unit.sites] if self.target.group == "block" else self.unit.stages
+        for n, stage in enumerate(stages):
             began, sent = time.perf_counter(), ranks.sent
             found: Sequence[Gram | None] = [None] * len(stage)
             if gram:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import importance, methods
-from .collect import Pair, Stage, Target, find_junctions
+from .collect import AHEAD, Pair, Stage, Target, find_junctions
 from .objective import Gram
 from .sites import Site, _tensors, cut, quiet
 from .walk import Unit, Walk
@@ -82,6 +82,7 @@ class Block:
     stages: tuple[int, ...]  # the Gram sums of each stage
     solves: tuple[int, ...]  # what choosing and refitting one layer of each stage needs beside them
     stream: int  # one image at the unit's entry, in one stream
+    ahead: int = 0  # the dense network's activations of one image, where they are kept for all stages
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ class Needs:
         for b in self.blocks:
             kept = held(samples * (self.image + self.influence + self.streams * b.stream))
             base = self.present + self.metric + kept + b.dense
+            if host is None:
+                base += min(samples * b.ahead, AHEAD)
             for sums, solved in zip(b.stages, self._solved(b), strict=True):
                 found.append(base + max(sums + int(loose * b.image * images), solved))
         return max(found)
@@ -232,7 +235,11 @@ def _block(
     places = [(s.junction, s.scale) for s in unit.sites]
     if gram and target.residual:
         find_junctions(way, unit, entry)
-    for stage in unit.stages:
+    ahead = 0
+    if gram and target.mix > 0 and way.device.type == "cpu":
+        with torch.no_grad():
+            ahead = Stage(way, i, unit.sites, dense, target, sums=False).ahead(pair).size()
+    for stage in [unit.sites] if target.group == "block" else unit.stages:
         fixed = 0
         if gram:
             made = Stage(way, i, stage, dense, target)
@@ -245,7 +252,7 @@ def _block(
         image = max(image, _window(way, i, unit, pair, dense, recipe, target))
     for s, (junction, scale) in zip(unit.sites, places, strict=True):
         s.junction, s.scale = junction, scale
-    return Block(unit.name, _bytes(list(dense.values())), image, tuple(sums), tuple(solves), _bytes(call))
+    return Block(unit.name, _bytes(list(dense.values())), image, tuple(sums), tuple(solves), _bytes(call), ahead)
 
 
 def _window(

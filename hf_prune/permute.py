@@ -8,18 +8,19 @@ give the same outputs up to rounding is put back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from . import channels, ranks, regroup
 from .channels import Axis, Channels, Member
 from .linalg import inverse_diagonal
 from .pattern import Pattern
-from .sites import Site, Tape, Use, _tensors, feed, parameters, placed, quiet
+from .sites import Site, Tape, Use, _tensors, feed, marks, parameters, placed, quiet
 
 # What an order should keep: |w|, |w| times the norm of its input, or the OBS saliency |w| / sqrt([H⁻¹]_jj).
 SCORES = ("none", "magnitude", "activation", "obs")
@@ -28,12 +29,13 @@ TOLERANCE = 2e-3  # of the outputs' spread in float32: reordering the terms of s
 
 @dataclass(frozen=True)
 class Options:
-    """rounds: of exchanges (regroup.py).  readers: channels
-    that more pruned weights than this read, such as a residual stream, keep their order, which users may know.
+    """rounds: of exchanges (regroup.py).  images: that the scores are taken from.  readers: channels that more pruned
+    weights than this read, such as a residual stream, keep their order, which users may know.
     power: of the score, before it is summed.  ridge: as in the OBS method.
     """
 
-    rounds: int = 60
+    rounds: int = 30
+    images: int = 64
     readers: int = 4
     power: float = 1.0
     ridge: float = 0.1
@@ -118,8 +120,24 @@ def problem(score: Tensor, member: Member, c: Channels) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
-def moments(model: nn.Module, sites: list[Site], batches: Sequence[Any], diagonal: bool) -> dict[str, Tensor]:
-    """sum x xᵀ of the inputs of each site (groups, in, in), or its diagonal (groups, in), in the dense network."""
+def some(batches: Sequence[Any], count: int) -> Iterator[Any]:
+    """`count` images of those of all ranks, drawn by their content, so that ranks and batches do not change them."""
+    found = [marks(batch) for batch in batches]
+    every = sorted(m for part in ranks.gather([m for ms in found for m in ms]) for m in part)
+    last = every[min(count, len(every)) - 1]
+    for batch, each in zip(batches, found, strict=True):
+        index = [k for k, m in enumerate(each) if m <= last]
+        if index:
+            yield tree_map(lambda t, index=index: t[index] if torch.is_tensor(t) and t.dim() else t, batch)
+
+
+def moments(
+    model: nn.Module, sites: list[Site], batches: Sequence[Any], diagonal: bool, images: int = 10**9
+) -> dict[str, Tensor]:
+    """sum x xᵀ of the inputs of each site (groups, in, in), or its diagonal (groups, in), in the dense network.
+
+    images: how many are enough.
+    """
     at = {(s.parameter, s.rows): s for s in sites}
     sums: dict[str, Tensor] = {}
 
@@ -134,7 +152,7 @@ def moments(model: nn.Module, sites: list[Site], batches: Sequence[Any], diagona
 
     device = next(model.parameters()).device
     with quiet(model), torch.no_grad(), Tape(parameters(model), use):
-        for batch in batches:
+        for batch in some(batches, images):
             feed(model, placed(batch, device))
     ranks.sum_(sums.values())
     return sums
@@ -145,7 +163,7 @@ def scores(
 ) -> dict[str, Tensor]:  # fmt: skip
     """What each weight is worth, by parameter, in the parameter's own layout; not negative."""
     named = parameters(model)
-    data = moments(model, sites, batches, kind == "activation") if kind != "magnitude" else {}
+    data = moments(model, sites, batches, kind == "activation", options.images) if kind != "magnitude" else {}
     found = {s.parameter: torch.zeros_like(named[s.parameter]) for s in sites}
     for s in sites:
         w = s.read(named[s.parameter])

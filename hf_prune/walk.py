@@ -360,12 +360,15 @@ class Walk:
         leaves = [v if kind == "value" else (outs if kind == "out" else ins)[v] for kind, v in link["plan"]]
         return tree_unflatten(leaves, link["spec"])
 
-    def advance(self, i: int, entry: dict[str, Any]) -> dict[str, Any]:
-        """The entry for unit i + 1 from unit i's entry, through unit i with its present weights."""
+    def advance(self, i: int, entry: dict[str, Any], out: Any = None) -> dict[str, Any]:
+        """The entry for unit i + 1 from unit i's entry, through unit i with its present weights.
+
+        out: what the unit made of the entry, where that is known.
+        """
         if self.mode == "prefix" or i + 1 >= len(self.units):
             return dict(entry)  # another object: what it leads to depends on the weights it is run with
         with quiet(self.model), torch.no_grad():
-            out = self.call(i, entry)
+            out = self.call(i, entry) if out is None else out
             link = self.links[i]
             following = {k: v for k, v in entry.items() if k in ("batch", "outputs")}
             if self.mode == "splice":

@@ -10,7 +10,7 @@ from . import Draft, Problem
 EVIDENCE = "gram"
 
 
-def solve(problem: Problem, draft: Draft, *, ridge: float = 0.1, tolerance: float = 1e-4) -> Tensor:
+def solve(problem: Problem, draft: Draft, *, ridge: float = 0.1, tolerance: float = 1e-3) -> Tensor:
     """The kept weights that bring the layer's output closest to its target, (groups, out, in).
 
     ridge: pull towards the dense weights, as a share of the mean diagonal of the Gram matrix.  With a few hundred
