@@ -101,7 +101,7 @@ def apart(work: Callable[[], Any], seconds: float = 3000) -> Any:
 
 # -------------------------------------------------------------------------------------------------------------- memory
 def measured(build: Callable[[], Any], pixels: int, samples: int, batch: int = 8, host: str | None = None,
-             name: str = "snows", blocks: int | None = None, **options: Any) -> dict[str, Any]:  # fmt: skip
+             name: str = "snows", blocks: int | None = None, tell: Any = None, **options: Any) -> dict[str, Any]:  # fmt: skip
     """Prediction and measurement of one run, in a process of its own."""
 
     def work() -> dict[str, Any]:
@@ -111,10 +111,12 @@ def measured(build: Callable[[], Any], pixels: int, samples: int, batch: int = 8
         chosen = loop.choose(model, small, chosen_recipe)
         peak, _ = memory.predict(model, chosen, chosen_recipe, samples, host=streams.size(host))
         base = memory.resident()
+        if tell:
+            tell({"event": "predicted", "peak": peak})
         began = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             given = images(samples, batch, pixels)
-            loop.prune(model, given, chosen_recipe, host_memory=host, spill=folder, blocks=blocks)
+            loop.prune(model, given, chosen_recipe, host_memory=host, spill=folder, blocks=blocks, progress=tell)
         return {
             "predicted": peak, "measured": memory.resident("VmHWM"), "base": base,
             "seconds": time.process_time() - began, "parameters": sum(p.numel() for p in model.parameters()),
@@ -195,17 +197,44 @@ def models() -> None:
         "libraries included; the last column leaves out what was there before the run.")  # fmt: skip
 
 
-def large(kind: str, samples: int, blocks: int | None, host: str | None, batch: int) -> None:
-    """ViT-L/16 or ViT-H/14 at 224 pixels."""
-    width, depth, heads, patch = {"L": (1024, 24, 16, 16), "H": (1280, 32, 16, 14)}[kind]
+LARGE = {"L": (1024, 24, 16, 16), "H": (1280, 32, 16, 14)}  # width, depth, heads, patch at 224 pixels
+RECORDS = ROOT / "benchmarks" / "results" / "scale_large.json"
 
-    def build() -> Any:
-        return vit(width, depth, 224, patch, heads)
 
-    f = measured(build, 224, samples, batch, host, blocks=blocks, permute="none")
-    print(json.dumps({"vit": kind, "samples": samples, "blocks": blocks, "host": host} | {
-        k: round(v / 2**30, 3) if k in ("predicted", "measured", "base") else v for k, v in f.items()
-    }))  # fmt: skip
+def large(kind: str, samples: int, blocks: int | None, host: str | None, batch: int, options: dict[str, Any]) -> None:
+    """ViT-L/16 or ViT-H/14: what each block held at its widest, written down after every one."""
+    width, depth, heads, patch = LARGE[kind]
+    began, spent, before = time.monotonic(), time.process_time(), "planning"
+    told: dict[str, Any] = {"samples": samples, "host": host, "options": options, "steps": []}
+
+    def tell(event: dict[str, Any]) -> None:
+        """Layers are told when they are done, everything else when it begins."""
+        nonlocal spent, before
+        layer = event["event"] == "layer"
+        name = event["block"] if layer and before == "" else before or event.get("block", "")
+        if layer and before:
+            name += ", and the first layers behind it"
+        if event["event"] == "predicted":
+            told.update({"predicted": event["peak"], "base": memory.resident()})
+        step = {"name": name, "cpu": time.process_time() - spent, "peak": memory.resident("VmHWM"),
+                "now": memory.resident()}  # fmt: skip
+        if told["steps"] and told["steps"][-1]["name"] == name:
+            last = told["steps"][-1]
+            step["cpu"] += last["cpu"]
+            step["peak"] = max(step["peak"], last["peak"])
+            told["steps"][-1] = step
+        else:
+            told["steps"].append(step)
+        spent, before = time.process_time(), "" if layer else event.get("text", event["event"])
+        told.update({"seconds": time.monotonic() - began, "cpu": spent})
+        known = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+        RECORDS.write_text(json.dumps(known | {kind: told}, indent=1) + "\n")
+        print(f"{told['seconds']:6.0f} s  {name}  peak {mib(step['peak'])} MiB", flush=True)
+        Path("/proc/self/clear_refs").write_text("5")  # the next peak is its own (Linux)
+
+    f = measured(lambda: vit(width, depth, 224, patch, heads), 224, samples, batch, host, blocks=blocks, tell=tell,
+                 **options)  # fmt: skip
+    print(json.dumps(f))
 
 
 # --------------------------------------------------------------------------------------------------------------- ranks
@@ -380,10 +409,12 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--host-memory")
+    parser.add_argument("--no-permute", action="store_true", help="leave the order of channels, which takes long")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.vit:
-        large(args.vit, args.samples, args.blocks, args.host_memory, args.batch)
+        options = {"permute": "none"} if args.no_permute else {}
+        large(args.vit, args.samples, args.blocks, args.host_memory, args.batch, options)
         return 0
     # what torch imports on first use is then there in every forked process, and in none's measurement
     loop.prune(vit(width=32, depth=2, image=16), images(4, 2, 16), recipe.load("snows", nm="2:4"))
