@@ -100,8 +100,10 @@ def apart(work: Callable[[], Any], seconds: float = 3000) -> Any:
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
-def measured(build: Callable[[], Any], pixels: int, samples: int, batch: int = 8, host: str | None = None,
-             name: str = "snows", blocks: int | None = None, tell: Any = None, **options: Any) -> dict[str, Any]:  # fmt: skip
+def measured(
+    build: Callable[[], Any], pixels: int, samples: int, batch: int = 8, host: str | None = None, name: str = "snows",
+    blocks: int | None = None, tell: Any = None, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Prediction and measurement of one run, in a process of its own."""
 
     def work() -> dict[str, Any]:
