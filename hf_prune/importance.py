@@ -31,6 +31,7 @@ class Metric:
     rows: dict[str, slice]  # site name -> its rows
     moment: Any  # (out of all of them, the same), as a store keeps it
     device: Any = "cpu"  # where it is used
+    dtype: torch.dtype = torch.float32  # once it is whole
 
     def of(self, names: list[str]) -> Tensor | None:
         """The part that belongs to these layers, in their order; None where one is not in it."""
@@ -81,7 +82,7 @@ def importance(
         for weights in found:
             weights[key] = (1 - share) + share * weights[key] / mean if mean > 0 else torch.ones_like(weights[key])
     if ranks.world_size() > 1:  # the same ones in the same order, on a rank without images too
-        own = [(k, (m.rows, m.moment.dtype)) for k, m in moments.items()]
+        own = [(k, (m.rows, m.dtype)) for k, m in moments.items()]
         known = {key: told for told_ in ranks.gather(own) for key, told in told_}
         for key, (places, dtype) in known.items():
             width = max(r.stop for r in places.values())
@@ -93,7 +94,8 @@ def importance(
         ranks.sum_([moment])
         scale = moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
         moment.mul_(metric).div_(scale).diagonal().add_(1 - metric)
-        store.update(m.moment, moment)
+        m.moment = None  # where it waited is free again
+        m.moment = store.keep(moment.to(m.dtype).to(m.device if store.budget is None else "cpu"))
     return found, moments
 
 
@@ -179,14 +181,17 @@ def add(moments: dict[Key, Metric], key: Key, parts: dict[str, Tensor], store: S
         rows = {name: slice(a, b) for name, a, b in zip(parts, ends, ends[1:], strict=False)}
         moments[key] = _nothing(rows, joined, store)
     kept = moments[key].moment
-    store.update(kept, load(kept).to(joined.device).addmm_(joined.mT, joined))
+    store.update(kept, load(kept).to(joined.device).add_(joined.mT @ joined))
 
 
 def _nothing(rows: dict[str, slice], like: Tensor, store: Store) -> Metric:
-    """Of gradients (samples, out), before the first.  Where memory is budgeted it waits on the host."""
+    """Of gradients (samples, out), before the first.  Where memory is budgeted it waits on the host.
+
+    Products are in the gradients' type, their sum is wider: the order of the batches leaves no trace.
+    """
     there = like.device if store.budget is None else "cpu"
     width = like.shape[1]
-    return Metric(rows, store.keep(torch.zeros(width, width, dtype=like.dtype, device=there)), like.device)
+    return Metric(rows, store.keep(torch.zeros(width, width, dtype=ranks.wide(like), device=there)), like.device, like.dtype)
 
 
 def _directions(output: Tensor, part: Any, seed: int) -> Tensor:

@@ -80,8 +80,8 @@ class Block:
     name: str
     dense: int  # the copy of its dense weights
     image: int  # columns, corrections and the forward itself
-    stages: tuple[int, ...]  # the Gram sums of each stage
-    solves: tuple[int, ...]  # what choosing and refitting one layer of each stage needs beside them
+    stages: tuple[int, ...]  # the Gram sums of each stage while they grow
+    solves: tuple[int, ...]  # the same, rounded, and what choosing and refitting one layer of each stage needs
     stream: int  # one image at the unit's entry, in one stream
     metrics: tuple[int, ...] = ()  # the output metrics that the unit is the last to use, one per input
 
@@ -105,12 +105,8 @@ class Needs:
 
     def fixed(self) -> int:
         """What no budget can make smaller: everything but activations, at one image at a time."""
-        widest = [b.dense + max(b.metrics, default=0) + max(self._solved(b), default=0) for b in self.blocks]
+        widest = [b.dense + max(b.metrics, default=0) + max(*b.stages, *b.solves, 0) for b in self.blocks]
         return self.present + max(widest, default=0)
-
-    @staticmethod
-    def _solved(b: Block) -> list[int]:
-        return [s + w for s, w in zip(b.stages, b.solves, strict=True)]
 
     def working(self, images: int) -> int:
         """What computing `images` at once adds, at the widest point."""
@@ -131,7 +127,7 @@ class Needs:
             return wanted if host is None else min(wanted, host)
 
         left = self.metric
-        entered = samples * (self.image + self.influence + (self.blocks[0].stream if self.blocks else 0)) + left
+        entered = samples * (self.image + self.influence + (self.blocks[0].stream if self.blocks else 0)) + WIDE * left
         loose = SLACK if host is None else 1.0  # a run within a budget gives freed memory back at once
         found = [self.present + held(entered) + int(loose * self.weighing * min(images, MICRO))]
         for b in self.blocks:
@@ -139,12 +135,13 @@ class Needs:
             read = 0 if host is None else max(b.metrics, default=0)
             base = self.present + kept + b.dense + read
             left -= sum(b.metrics)
-            for sums, solved in zip(b.stages, self._solved(b), strict=True):
+            for sums, solved in zip(b.stages, b.solves, strict=True):
                 found.append(base + max(sums + int(loose * b.image * images), solved))
         return max(found)
 
 
 _DEFAULTS = inspect.signature(importance.importance).parameters
+WIDE = 2  # sums are float64 while they grow
 SLACK = 1.2  # measured: resident over live bytes of activations, with glibc's own threshold
 MICRO, PROBES = _DEFAULTS["micro"].default, _DEFAULTS["probes"].default  # images differentiated at once; how often
 
@@ -238,14 +235,15 @@ def _block(
     if gram and target.residual:
         find_junctions(way, unit, entry)
     for stage in unit.stages:
-        fixed = 0
+        fixed = rounded = 0
         if gram:
             made = Stage(way, i, stage, dense, target)
             kept = {id(t): t for g in made.sums for t in (g.xx, g.sx, g.xd, g.dd, g.sd, g.weight)}
             fixed = _bytes(list(kept.values()))
+            rounded = sum(t.numel() * made.sums[0].weight.element_size() for t in kept.values())
             image = max(image, live(lambda made=made: made.add(pair, compare=target.mix > 0)))  # type: ignore[misc]
         sums.append(fixed)
-        solves.append(max(solve_bytes(s, recipe, target) for s in _joined(stage, target)))
+        solves.append(rounded + max(solve_bytes(s, recipe, target) for s in _joined(stage, target)))
     if window:
         image = max(image, _window(way, i, unit, pair, dense, recipe, target))
     for s, (junction, scale) in zip(unit.sites, places, strict=True):
