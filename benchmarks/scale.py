@@ -1,7 +1,7 @@
 """Print and write the tables of docs/scale.md: memory against size, ranks beside one process, runs that are killed.
 
     python benchmarks/scale.py                     # all
-    python benchmarks/scale.py --only kills        # one of growth, models, ranks, efficiency, kills
+    python benchmarks/scale.py --only kills        # one of growth, models, ranks, real-ranks, efficiency, kills
     python benchmarks/scale.py --vit L --blocks 1  # one large model with random weights; prints a line
 
 Models have random weights: nothing is downloaded. Every measurement runs in a forked process, so that its
@@ -11,6 +11,7 @@ peak is its own.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -269,18 +270,30 @@ def pruned(batches: Any, options: dict[str, Any]) -> tuple[dict[str, Any], Any, 
     model = vit(width=64, depth=3, image=32)
     began = time.process_time()
     report = loop.prune(model, batches, recipe.load("snows", nm="2:4", permute="none", **options))
-    return {k: v.numpy() for k, v in model.state_dict().items()}, report, time.process_time() - began
+    return {k: v.numpy() for k, v in model.state_dict().items()}, report.layers, time.process_time() - began
+
+
+HEAD = ["recipe `snows`", "processes", "mask entries that differ", "largest weight difference (relative)",
+        "all ranks alike", "KiB sent per rank", "CPU s of the busiest rank"]  # fmt: skip
+
+
+def ranks_row(title: str, name: str, found: list[Any], one: dict[str, Any], alone: float) -> list[str]:
+    """One line: what the ranks made, beside the weights `one` of a single process that took `alone` seconds."""
+    other = found[0][0]
+    masks = sum(int(((one[n] != 0) != (w != 0)).sum()) for n, w in other.items())
+    weights = max(float(abs(one[n] - w).max() / abs(one[n]).max().clip(1e-9)) for n, w in other.items())
+    same = all(all((other[n] == f[0][n]).all() for n in f[0]) for f in found)
+    sent = sum(entry.get("sent_bytes", 0) for entry in found[0][1])
+    busiest = f"{max(f[2] for f in found):.1f}" + (f" (alone {alone:.1f})" if len(found) > 1 else "")
+    row = [title, name, str(masks), f"{weights:.1e}", "yes" if same else "no", f"{sent / 1024:.0f}", busiest]
+    print(row, flush=True)
+    return row
 
 
 def ranks_table() -> None:
     count, rows = 22, []
     for title, options in (("rows apart", {"target": {"metric": 0.0}}), ("output metric (default)", {})):
         one, _, alone = pruned(list(images(count, 1, 32)), options)
-
-        def compare(other: dict[str, Any], one: dict[str, Any] = one) -> tuple[int, float]:
-            masks = sum(int(((one[n] != 0) != (w != 0)).sum()) for n, w in other.items())
-            return masks, max(float(abs(one[n] - w).max() / abs(one[n]).max().clip(1e-9)) for n, w in other.items())
-
         order = list(images(count, 1, 32))
         random.Random(0).shuffle(order)
         lines = [("1, samples in another order (control)", [pruned(order, options)])]
@@ -288,22 +301,45 @@ def ranks_table() -> None:
         for size in (2, 3, 4):
             lines.append((f"{size}", on_ranks(size, lambda r, s, o=options: pruned(_share(count, r, s), o))))
         lines.append(("3, one holds 2 of 22 images", on_ranks(3, lambda r, s, o=options: pruned(_uneven(r), o))))
-        for name, found in lines:
-            masks, weights = compare(found[0][0])
-            same = all(all((found[0][0][n] == f[0][n]).all() for n in f[0]) for f in found)
-            sent = sum(entry.get("sent_bytes", 0) for entry in found[0][1].layers)
-            busiest = f"{max(f[2] for f in found):.1f}" + (f" (alone {alone:.1f})" if len(found) > 1 else "")
-            rows.append([title, name, str(masks), f"{weights:.1e}", "yes" if same else "no", f"{sent / 1024:.0f}",
-                         busiest])  # fmt: skip
-            print(rows[-1], flush=True)
-    alone, *_ = pruned(list(images(3, 1, 32)), {})
+        rows += [ranks_row(title, name, found, one, alone) for name, found in lines]
+    few, _, alone = pruned(list(images(3, 1, 32)), {})
     found = on_ranks(4, lambda r, s: pruned(_share(3, r, s), {}))
-    masks = sum(int(((alone[n] != 0) != (w != 0)).sum()) for n, w in found[0][0].items())
-    weights = max(float(abs(alone[n] - w).max() / abs(alone[n]).max().clip(1e-9)) for n, w in found[0][0].items())
-    few = [["output metric (default)", "4, of 3 images", str(masks), f"{weights:.1e}", "yes", "", ""]]
-    head = ["recipe `snows`", "processes", "mask entries that differ", "largest weight difference (relative)",
-            "all ranks alike", "KiB sent per rank", "CPU s of the busiest rank"]  # fmt: skip
-    put("ranks", table(head, rows + few) + "\n\nViT of width 64, depth 3, 17 tokens, 22 images, gloo on one machine.")
+    rows.append(ranks_row("output metric (default)", "4, of 3 images", found, few, alone))
+    put("ranks", table(HEAD, rows) + "\n\nViT of width 64, depth 3, 17 tokens, 22 images, gloo on one machine; where "
+        "nothing else is said, one image a batch.")  # fmt: skip
+
+
+def real_ranks(samples: int = 24, size: int = 4) -> None:
+    """The real ViT-Tiny and real images, batches dealt to the processes as the command does; written row by row."""
+    from hf_prune import calibration
+    from hf_prune import models as model_files
+
+    data = ROOT.parent / "shared" / "data"
+    if not data.is_dir():
+        print(f"{data} is not there: the table stays as it is.")
+        return
+    chosen = recipe.load("snows", nm="2:4", batch_size=size, samples=samples)
+    loaded = model_files.load(str(data / "vit-tiny-patch16-224-hf"))
+    drawn = calibration.images(str(data / "imagenet_sample1000_256.parquet"), samples=samples, seed=0)
+    batches = list(calibration.batches(drawn, loaded, size))
+
+    def run(mine: list[Any]) -> tuple[dict[str, Any], Any, float]:
+        model = copy.deepcopy(loaded.module)
+        began = time.process_time()
+        report = loop.prune(model, mine, chosen)
+        return {k: v.numpy() for k, v in model.state_dict().items()}, report.layers, time.process_time() - began
+
+    one, _, alone = apart(lambda: run(batches))
+    rows: list[list[str]] = []
+    for name, work in (
+        ("2", lambda: on_ranks(2, lambda r, s: run(batches[r::s]))),
+        ("3", lambda: on_ranks(3, lambda r, s: run(batches[r::s]))),
+        ("4", lambda: on_ranks(4, lambda r, s: run(batches[r::s]))),
+        ("1, batches in another order (control)", lambda: [apart(lambda: run(batches[::-1]))]),
+    ):
+        rows.append(ranks_row("ViT-Tiny/16", name, work(), one, alone))
+        put("real-ranks", table(HEAD, rows) + f"\n\nThe default recipe, channels reordered, {samples} images of "
+            f"ImageNet in batches of {size}; compared with one process.", quiet=True)  # fmt: skip
 
 
 def _share(count: int, rank: int, size: int) -> list[Any]:
@@ -403,9 +439,13 @@ def kills_table(rows: list[list[str]], count: int) -> str:
     )
 
 
+PARTS = {"growth": growth, "models": models, "ranks": ranks_table, "real-ranks": real_ranks, "efficiency": efficiency,
+         "kills": kills}  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("growth", "models", "ranks", "efficiency", "kills"))
+    parser.add_argument("--only", choices=tuple(PARTS))
     parser.add_argument("--vit", choices=("L", "H"))
     parser.add_argument("--blocks", type=int)
     parser.add_argument("--samples", type=int, default=32)
@@ -420,8 +460,7 @@ def main() -> int:
         return 0
     # what torch imports on first use is then there in every forked process, and in none's measurement
     loop.prune(vit(width=32, depth=2, image=16), images(4, 2, 16), recipe.load("snows", nm="2:4"))
-    parts = {"growth": growth, "models": models, "ranks": ranks_table, "efficiency": efficiency, "kills": kills}
-    for name, part in parts.items():
+    for name, part in PARTS.items():
         if args.only in (None, name):
             part()
     return 0

@@ -191,7 +191,8 @@ def _nothing(rows: dict[str, slice], like: Tensor, store: Store) -> Metric:
     """
     there = like.device if store.budget is None else "cpu"
     width = like.shape[1]
-    return Metric(rows, store.keep(torch.zeros(width, width, dtype=ranks.wide(like), device=there)), like.device, like.dtype)
+    zeros = torch.zeros(width, width, dtype=ranks.wide(like), device=there)
+    return Metric(rows, store.keep(zeros), like.device, like.dtype)
 
 
 def _directions(output: Tensor, part: Any, seed: int) -> Tensor:

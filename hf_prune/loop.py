@@ -388,6 +388,11 @@ def evidence(recipe: Recipe) -> set[str | None]:
     return {methods.evidence(role["method"]) for role in roles if role}
 
 
+def only_grams(recipe: Recipe) -> bool:
+    """Whether a run reads its images through sums per batch alone."""
+    return evidence(recipe) <= {"gram", None} and not staged.wanted(recipe)
+
+
 def uses_activations(recipe: Recipe) -> bool:
     return evidence(recipe) != {None}
 
