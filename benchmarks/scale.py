@@ -1,7 +1,7 @@
 """Print and write the tables of docs/scale.md: memory against size, ranks beside one process, runs that are killed.
 
     python benchmarks/scale.py                     # all
-    python benchmarks/scale.py --only kills        # one of growth, models, ranks, efficiency, kills
+    python benchmarks/scale.py --only kills        # one of growth, models, ranks, real-ranks, efficiency, kills
     python benchmarks/scale.py --vit L --blocks 1  # one large model with random weights; prints a line
 
 Models have random weights: nothing is downloaded. Every measurement runs in a forked process, so that its
@@ -11,6 +11,7 @@ peak is its own.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -100,8 +101,10 @@ def apart(work: Callable[[], Any], seconds: float = 3000) -> Any:
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
-def measured(build: Callable[[], Any], pixels: int, samples: int, batch: int = 8, host: str | None = None,
-             name: str = "snows", blocks: int | None = None, **options: Any) -> dict[str, Any]:  # fmt: skip
+def measured(
+    build: Callable[[], Any], pixels: int, samples: int, batch: int = 8, host: str | None = None, name: str = "snows",
+    blocks: int | None = None, tell: Any = None, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Prediction and measurement of one run, in a process of its own."""
 
     def work() -> dict[str, Any]:
@@ -111,10 +114,12 @@ def measured(build: Callable[[], Any], pixels: int, samples: int, batch: int = 8
         chosen = loop.choose(model, small, chosen_recipe)
         peak, _ = memory.predict(model, chosen, chosen_recipe, samples, host=streams.size(host))
         base = memory.resident()
+        if tell:
+            tell({"event": "predicted", "peak": peak})
         began = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             given = images(samples, batch, pixels)
-            loop.prune(model, given, chosen_recipe, host_memory=host, spill=folder, blocks=blocks)
+            loop.prune(model, given, chosen_recipe, host_memory=host, spill=folder, blocks=blocks, progress=tell)
         return {
             "predicted": peak, "measured": memory.resident("VmHWM"), "base": base,
             "seconds": time.process_time() - began, "parameters": sum(p.numel() for p in model.parameters()),
@@ -195,17 +200,44 @@ def models() -> None:
         "libraries included; the last column leaves out what was there before the run.")  # fmt: skip
 
 
-def large(kind: str, samples: int, blocks: int | None, host: str | None, batch: int) -> None:
-    """ViT-L/16 or ViT-H/14 at 224 pixels."""
-    width, depth, heads, patch = {"L": (1024, 24, 16, 16), "H": (1280, 32, 16, 14)}[kind]
+LARGE = {"L": (1024, 24, 16, 16), "H": (1280, 32, 16, 14)}  # width, depth, heads, patch at 224 pixels
+RECORDS = ROOT / "benchmarks" / "results" / "scale_large.json"
 
-    def build() -> Any:
-        return vit(width, depth, 224, patch, heads)
 
-    f = measured(build, 224, samples, batch, host, blocks=blocks, permute="none")
-    print(json.dumps({"vit": kind, "samples": samples, "blocks": blocks, "host": host} | {
-        k: round(v / 2**30, 3) if k in ("predicted", "measured", "base") else v for k, v in f.items()
-    }))  # fmt: skip
+def large(kind: str, samples: int, blocks: int | None, host: str | None, batch: int, options: dict[str, Any]) -> None:
+    """ViT-L/16 or ViT-H/14: what each block held at its widest, written down after every one."""
+    width, depth, heads, patch = LARGE[kind]
+    began, spent, before = time.monotonic(), time.process_time(), "planning"
+    told: dict[str, Any] = {"samples": samples, "host": host, "options": options, "steps": []}
+
+    def tell(event: dict[str, Any]) -> None:
+        """Layers are told when they are done, everything else when it begins."""
+        nonlocal spent, before
+        layer = event["event"] == "layer"
+        name = event["block"] if layer and before == "" else before or event.get("block", "")
+        if layer and before:
+            name += ", and the first layers behind it"
+        if event["event"] == "predicted":
+            told.update({"predicted": event["peak"], "base": memory.resident()})
+        step = {"name": name, "cpu": time.process_time() - spent, "peak": memory.resident("VmHWM"),
+                "now": memory.resident()}  # fmt: skip
+        if told["steps"] and told["steps"][-1]["name"] == name:
+            last = told["steps"][-1]
+            step["cpu"] += last["cpu"]
+            step["peak"] = max(step["peak"], last["peak"])
+            told["steps"][-1] = step
+        else:
+            told["steps"].append(step)
+        spent, before = time.process_time(), "" if layer else event.get("text", event["event"])
+        told.update({"seconds": time.monotonic() - began, "cpu": spent})
+        known = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+        RECORDS.write_text(json.dumps(known | {kind: told}, indent=1) + "\n")
+        print(f"{told['seconds']:6.0f} s  {name}  peak {mib(step['peak'])} MiB", flush=True)
+        Path("/proc/self/clear_refs").write_text("5")  # the next peak is its own (Linux)
+
+    f = measured(lambda: vit(width, depth, 224, patch, heads), 224, samples, batch, host, blocks=blocks, tell=tell,
+                 **options)  # fmt: skip
+    print(json.dumps(f))
 
 
 # --------------------------------------------------------------------------------------------------------------- ranks
@@ -238,18 +270,30 @@ def pruned(batches: Any, options: dict[str, Any]) -> tuple[dict[str, Any], Any, 
     model = vit(width=64, depth=3, image=32)
     began = time.process_time()
     report = loop.prune(model, batches, recipe.load("snows", nm="2:4", permute="none", **options))
-    return {k: v.numpy() for k, v in model.state_dict().items()}, report, time.process_time() - began
+    return {k: v.numpy() for k, v in model.state_dict().items()}, report.layers, time.process_time() - began
+
+
+HEAD = ["recipe `snows`", "processes", "mask entries that differ", "largest weight difference (relative)",
+        "all ranks alike", "KiB sent per rank", "CPU s of the busiest rank"]  # fmt: skip
+
+
+def ranks_row(title: str, name: str, found: list[Any], one: dict[str, Any], alone: float) -> list[str]:
+    """One line: what the ranks made, beside the weights `one` of a single process that took `alone` seconds."""
+    other = found[0][0]
+    masks = sum(int(((one[n] != 0) != (w != 0)).sum()) for n, w in other.items())
+    weights = max(float(abs(one[n] - w).max() / abs(one[n]).max().clip(1e-9)) for n, w in other.items())
+    same = all(all((other[n] == f[0][n]).all() for n in f[0]) for f in found)
+    sent = sum(entry.get("sent_bytes", 0) for entry in found[0][1])
+    busiest = f"{max(f[2] for f in found):.1f}" + (f" (alone {alone:.1f})" if len(found) > 1 else "")
+    row = [title, name, str(masks), f"{weights:.1e}", "yes" if same else "no", f"{sent / 1024:.0f}", busiest]
+    print(row, flush=True)
+    return row
 
 
 def ranks_table() -> None:
     count, rows = 22, []
     for title, options in (("rows apart", {"target": {"metric": 0.0}}), ("output metric (default)", {})):
         one, _, alone = pruned(list(images(count, 1, 32)), options)
-
-        def compare(other: dict[str, Any], one: dict[str, Any] = one) -> tuple[int, float]:
-            masks = sum(int(((one[n] != 0) != (w != 0)).sum()) for n, w in other.items())
-            return masks, max(float(abs(one[n] - w).max() / abs(one[n]).max().clip(1e-9)) for n, w in other.items())
-
         order = list(images(count, 1, 32))
         random.Random(0).shuffle(order)
         lines = [("1, samples in another order (control)", [pruned(order, options)])]
@@ -257,22 +301,45 @@ def ranks_table() -> None:
         for size in (2, 3, 4):
             lines.append((f"{size}", on_ranks(size, lambda r, s, o=options: pruned(_share(count, r, s), o))))
         lines.append(("3, one holds 2 of 22 images", on_ranks(3, lambda r, s, o=options: pruned(_uneven(r), o))))
-        for name, found in lines:
-            masks, weights = compare(found[0][0])
-            same = all(all((found[0][0][n] == f[0][n]).all() for n in f[0]) for f in found)
-            sent = sum(entry.get("sent_bytes", 0) for entry in found[0][1].layers)
-            busiest = f"{max(f[2] for f in found):.1f}" + (f" (alone {alone:.1f})" if len(found) > 1 else "")
-            rows.append([title, name, str(masks), f"{weights:.1e}", "yes" if same else "no", f"{sent / 1024:.0f}",
-                         busiest])  # fmt: skip
-            print(rows[-1], flush=True)
-    alone, *_ = pruned(list(images(3, 1, 32)), {})
+        rows += [ranks_row(title, name, found, one, alone) for name, found in lines]
+    few, _, alone = pruned(list(images(3, 1, 32)), {})
     found = on_ranks(4, lambda r, s: pruned(_share(3, r, s), {}))
-    masks = sum(int(((alone[n] != 0) != (w != 0)).sum()) for n, w in found[0][0].items())
-    weights = max(float(abs(alone[n] - w).max() / abs(alone[n]).max().clip(1e-9)) for n, w in found[0][0].items())
-    few = [["output metric (default)", "4, of 3 images", str(masks), f"{weights:.1e}", "yes", "", ""]]
-    head = ["recipe `snows`", "processes", "mask entries that differ", "largest weight difference (relative)",
-            "all ranks alike", "KiB sent per rank", "CPU s of the busiest rank"]  # fmt: skip
-    put("ranks", table(head, rows + few) + "\n\nViT of width 64, depth 3, 17 tokens, 22 images, gloo on one machine.")
+    rows.append(ranks_row("output metric (default)", "4, of 3 images", found, few, alone))
+    put("ranks", table(HEAD, rows) + "\n\nViT of width 64, depth 3, 17 tokens, 22 images, gloo on one machine; where "
+        "nothing else is said, one image a batch.")  # fmt: skip
+
+
+def real_ranks(samples: int = 24, size: int = 4) -> None:
+    """The real ViT-Tiny and real images, batches dealt to the processes as the command does; written row by row."""
+    from hf_prune import calibration
+    from hf_prune import models as model_files
+
+    data = ROOT.parent / "shared" / "data"
+    if not data.is_dir():
+        print(f"{data} is not there: the table stays as it is.")
+        return
+    chosen = recipe.load("snows", nm="2:4", batch_size=size, samples=samples)
+    loaded = model_files.load(str(data / "vit-tiny-patch16-224-hf"))
+    drawn = calibration.images(str(data / "imagenet_sample1000_256.parquet"), samples=samples, seed=0)
+    batches = list(calibration.batches(drawn, loaded, size))
+
+    def run(mine: list[Any]) -> tuple[dict[str, Any], Any, float]:
+        model = copy.deepcopy(loaded.module)
+        began = time.process_time()
+        report = loop.prune(model, mine, chosen)
+        return {k: v.numpy() for k, v in model.state_dict().items()}, report.layers, time.process_time() - began
+
+    one, _, alone = apart(lambda: run(batches))
+    rows: list[list[str]] = []
+    for name, work in (
+        ("2", lambda: on_ranks(2, lambda r, s: run(batches[r::s]))),
+        ("3", lambda: on_ranks(3, lambda r, s: run(batches[r::s]))),
+        ("4", lambda: on_ranks(4, lambda r, s: run(batches[r::s]))),
+        ("1, batches in another order (control)", lambda: [apart(lambda: run(batches[::-1]))]),
+    ):
+        rows.append(ranks_row("ViT-Tiny/16", name, work(), one, alone))
+        put("real-ranks", table(HEAD, rows) + f"\n\nThe default recipe, channels reordered, {samples} images of "
+            f"ImageNet in batches of {size}; compared with one process.", quiet=True)  # fmt: skip
 
 
 def _share(count: int, rank: int, size: int) -> list[Any]:
@@ -372,23 +439,28 @@ def kills_table(rows: list[list[str]], count: int) -> str:
     )
 
 
+PARTS = {"growth": growth, "models": models, "ranks": ranks_table, "real-ranks": real_ranks, "efficiency": efficiency,
+         "kills": kills}  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("growth", "models", "ranks", "efficiency", "kills"))
+    parser.add_argument("--only", choices=tuple(PARTS))
     parser.add_argument("--vit", choices=("L", "H"))
     parser.add_argument("--blocks", type=int)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--host-memory")
+    parser.add_argument("--no-permute", action="store_true", help="leave the order of channels, which takes long")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.vit:
-        large(args.vit, args.samples, args.blocks, args.host_memory, args.batch)
+        options = {"permute": "none"} if args.no_permute else {}
+        large(args.vit, args.samples, args.blocks, args.host_memory, args.batch, options)
         return 0
     # what torch imports on first use is then there in every forked process, and in none's measurement
     loop.prune(vit(width=32, depth=2, image=16), images(4, 2, 16), recipe.load("snows", nm="2:4"))
-    parts = {"growth": growth, "models": models, "ranks": ranks_table, "efficiency": efficiency, "kills": kills}
-    for name, part in parts.items():
+    for name, part in PARTS.items():
         if args.only in (None, name):
             part()
     return 0

@@ -28,8 +28,9 @@ SHUFFLE_BUFFER = 1000  # streamed examples held to draw from; they are encoded, 
 class ImageSet:
     """An iterable of (RGB image, label or None), the same images in the same order at every pass.
 
-    Images are decoded when they are asked for and not kept. Rank r yields every world_size-th good image of one global
-    order, from the r-th on, so the ranks together see what one process would see alone.
+    Images are decoded when they are asked for and not kept. Of the good images of one global order, cut into runs of
+    `deal`, rank r yields every world_size-th run from the r-th on, so the ranks together see what one process would see
+    alone; with `deal` the size of a batch, in the same batches.
     After a pass: `yielded`, `skipped` and `skip_reasons` (of this rank), and `notes` with what the user should know.
     """
 
@@ -48,6 +49,7 @@ class ImageSet:
         streaming: bool,
         rank: int = 0,
         world_size: int = 1,
+        deal: int = 1,
         token: str | None = None,
         notes: list[str] | None = None,
     ) -> None:
@@ -56,6 +58,7 @@ class ImageSet:
         self.dataset, self.split, self.available_splits = dataset, split, available_splits
         self.image_column, self.label_column, self.label_names = image_column, label_column, label_names
         self.samples, self.streaming, self.rank, self.world_size = samples, streaming, rank, world_size
+        self.deal = deal
         self.yielded = 0
         self.skip_reasons: Counter[str] = Counter()
         self._notes = notes or []
@@ -78,7 +81,13 @@ class ImageSet:
     def expected(self) -> int | None:
         """How many images a pass of this rank yields if none is broken; None where the dataset does not say."""
         known = [count for count in (self.samples, self._length) if count is not None]
-        return len(range(self.rank, min(known), self.world_size)) if known else None
+        if not known:
+            return None
+        rounds, rest = divmod(min(known), self.deal * self.world_size)
+        return rounds * self.deal + min(max(0, rest - self.rank * self.deal), self.deal)
+
+    def _mine(self, k: int) -> bool:
+        return k // self.deal % self.world_size == self.rank
 
     def __iter__(self) -> Iterator[tuple[Image.Image, int | None]]:
         """Raises ValueError when the dataset turns out empty, or holds no image that can be decoded."""
@@ -91,7 +100,7 @@ class ImageSet:
             if self.samples is not None and good >= self.samples:
                 break
             seen += 1
-            mine = position % self.world_size == self.rank
+            mine = self._mine(position)
             if not (mine or everything):
                 continue
             try:
@@ -102,7 +111,7 @@ class ImageSet:
                     self.skip_reasons[str(reason)] += 1
                 continue
             good += 1
-            if everything and (good - 1) % self.world_size != self.rank:
+            if everything and not self._mine(good - 1):
                 continue
             label = self._label(row)
             if label is not None:
@@ -155,12 +164,13 @@ def images(
     trust_remote_code: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    deal: int = 1,
 ) -> ImageSet:
     """Open a dataset and choose its split, image column and label column.
 
     dataset: Hub id, folder or file. samples: how many good images to yield over all ranks; None for all. streaming: by
-    default Hub data is streamed and local data is not. Raises ValueError when the dataset is not found or cannot be
-    reached, has no such split, no image column, or no rows.
+    default Hub data is streamed and local data is not. deal: images that stay together on a rank. Raises ValueError
+    when the dataset is not found or cannot be reached, has no such split, no image column, or no rows.
     """
     import datasets
 
@@ -218,6 +228,7 @@ def images(
         streaming=stream,
         rank=rank,
         world_size=world_size,
+        deal=deal,
         token=token,
         notes=notes,
     )

@@ -102,6 +102,8 @@ def grams(
     """Gram sums of the sites of one stage of unit i, over all pairs and ranks.
 
     dense: original tensors of everything already changed.  touched: an earlier stage of this unit has been written.
+    Products of a batch are in float32, their sums over batches and ranks in float64 and rounded at the end: so the
+    order of the batches, and the ranks that hold them, leave no trace in the bits.
     """
     stage = Stage(walk, i, sites, dense, target)
     for pair in pairs:
@@ -112,6 +114,9 @@ def grams(
         count = torch.tensor([g.count], dtype=torch.float64)
         ranks.sum_([g.xd, g.dd, g.sd, count])
         g.count = float(count)
+    made = {id(t): t.to(g.weight.dtype) for g in stage.sums for t in (g.xx, g.sx, g.xd, g.dd, g.sd)}
+    for g in stage.sums:
+        g.xx, g.sx, g.xd, g.dd, g.sd = (made[id(t)] for t in (g.xx, g.sx, g.xd, g.dd, g.sd))
     return stage.sums
 
 
@@ -142,7 +147,8 @@ class Stage:
         self.modules = dict(walk.model.named_modules())
         self.place = {(s.parameter, s.rows): k for k, s in enumerate(sites)}
         self.uses = sum(s.uses for s in sites)
-        self.sums = [Gram.zeros(s.read(walk.model.get_parameter(s.parameter))) for s in sites if sums]
+        weights = [s.read(walk.model.get_parameter(s.parameter)) for s in sites if sums]
+        self.sums = [Gram.zeros(w, ranks.wide(w)) for w in weights]
         self.first: list[int] = []  # the first site with the same input: it holds the moments that they share
         for k, s in enumerate(sites):
             self.first.append(next(j for j, t in enumerate(sites) if (t.source, t.conv) == (s.source, s.conv)))
@@ -163,7 +169,7 @@ class Stage:
             weights = pair.weights.get((site.source, site.conv))
             key = (first, nth[k])
             if key not in columns:
-                columns[key] = site.columns(use.x.detach()).to(gram.xx.dtype)
+                columns[key] = site.columns(use.x.detach()).to(gram.weight.dtype)
                 self.sums[first].add_inputs(columns[key], weights)
             if k != first:
                 gram.count += columns[key].shape[1] if weights is None else float(weights.sum())
@@ -171,7 +177,7 @@ class Stage:
                 kept[k] = columns[key].clone()  # the forward goes on and may write into its input
             elif compare:
                 d = site.outputs(goals[k][nth[k]]) - site.outputs(use.y.detach())
-                gram.add_corrections(columns[key], d.to(gram.xx.dtype), weights)
+                gram.add_corrections(columns[key], d.to(gram.weight.dtype), weights)
             nth[k] += 1
 
         model = self.walk.model

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import ranks
 from .sites import Site, _tensors, cut, feed, marks, placed, quiet
+from .streams import Store, load
 from .walk import _hooks
 
 Key = tuple[int, Any]  # (source, conv): sites that share their input share its weights
@@ -27,19 +28,22 @@ class Metric:
     """What an error in each direction of the outputs of some layers weighs."""
 
     rows: dict[str, slice]  # site name -> its rows
-    moment: Tensor  # (out of all of them, the same)
+    moment: Any  # (out of all of them, the same), as a store keeps it
+    device: Any = "cpu"  # where it is used
+    dtype: torch.dtype = torch.float32  # once it is whole
 
     def of(self, names: list[str]) -> Tensor | None:
         """The part that belongs to these layers, in their order; None where one is not in it."""
         if not all(n in self.rows for n in names):
             return None
-        index = torch.cat([torch.arange(self.rows[n].start, self.rows[n].stop) for n in names]).to(self.moment.device)
-        return self.moment[index][:, index]
+        moment: Tensor = load(self.moment).to(self.device)
+        index = torch.cat([torch.arange(self.rows[n].start, self.rows[n].stop) for n in names]).to(moment.device)
+        return moment if torch.equal(index, torch.arange(len(moment)).to(index)) else moment[index][:, index]
 
 
 def importance(
     model: nn.Module, sites: list[Site], batches: list[Any], share: float, metric: float = 0.0, probes: int = 2,
-    seed: int = 0, micro: int = 8,
+    seed: int = 0, micro: int = 8, store: Store | None = None,
 ) -> tuple[list[dict[Key, Tensor]], dict[Key, Metric]]:  # fmt: skip
     """(weights, metrics): what each sample and each direction of a layer's output weighs.
 
@@ -49,8 +53,9 @@ def importance(
     value projections weigh as one fused layer does.
     share, metric: 0 weighs all alike, 1 by influence alone.  probes: random vectors per image.  micro: images that are
     differentiated together, which bounds the memory.  Layers whose output no module returns, or whose output does not
-    have the images as its first dimension, get neither.
+    have the images as its first dimension, get neither.  store: where the metrics of all layers wait.
     """
+    store = store or Store()
     modules = dict(model.named_modules())
     sites = images_first(model, modules, sites, batches[0]) if len(batches) else sites
     moments: dict[Key, Metric] = {}
@@ -61,7 +66,7 @@ def importance(
         size = len(_tensors(batch)[0])
         for first in range(0, size, micro):
             part = cut(batch, first, first + micro)
-            for key, value in _influence(model, modules, sites, part, probes, seed, gather).items():
+            for key, value in _influence(model, modules, sites, part, probes, seed, gather, store).items():
                 pieces.setdefault(key, []).append(value)
         found.append({key: torch.cat(values) for key, values in pieces.items()})
     # a rank without images takes part in the sums all the same
@@ -76,15 +81,20 @@ def importance(
         for weights in found:
             weights[key] = (1 - share) + share * weights[key] / mean if mean > 0 else torch.ones_like(weights[key])
     if ranks.world_size() > 1:  # the same ones in the same order, on a rank without images too
-        known = {key: places for ms in ranks.gather([(k, m.rows) for k, m in moments.items()]) for key, places in ms}
-        for key, places in known.items():
+        own = [(k, (m.rows, m.dtype)) for k, m in moments.items()]
+        known = {key: told for told_ in ranks.gather(own) for key, told in told_}
+        for key, (places, dtype) in known.items():
             width = max(r.stop for r in places.values())
-            moments.setdefault(key, Metric(places, torch.zeros(width, width, device=_device(model))))
+            if key not in moments:
+                moments[key] = _nothing(places, torch.empty(0, width, dtype=dtype, device=_device(model)), store)
         moments = {key: moments[key] for key in known}
-    ranks.sum_([m.moment for m in moments.values()])
     for m in moments.values():
-        scale = m.moment.diagonal().mean().clamp_min(torch.finfo(m.moment.dtype).tiny)
-        m.moment = (1 - metric) * torch.eye(len(m.moment)).to(m.moment) + metric * m.moment / scale
+        moment: Tensor = load(m.moment).to(m.device)
+        ranks.sum_([moment])
+        scale = moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
+        moment.mul_(metric).div_(scale).diagonal().add_(1 - metric)
+        m.moment = None  # where it waited is free again
+        m.moment = store.keep(moment.to(m.dtype).to(m.device if store.budget is None else "cpu"))
     return found, moments
 
 
@@ -114,7 +124,7 @@ def images_first(model: nn.Module, modules: dict[str, nn.Module], sites: list[Si
 
 def _influence(
     model: nn.Module, modules: dict[str, nn.Module], sites: list[Site], part: Any, probes: int, seed: int,
-    moments: dict[Key, Metric] | None,
+    moments: dict[Key, Metric] | None, store: Store,
 ) -> dict[Key, Tensor]:  # fmt: skip
     outputs: dict[int, Tensor] = {}
 
@@ -155,7 +165,7 @@ def _influence(
                     together.setdefault((sites[k].source, sites[k].conv), {})[sites[k].name] = rows
             if moments is not None:
                 for key, parts in together.items():
-                    add(moments, key, parts, len(_tensors(part)[0]))
+                    add(moments, key, parts, store, len(_tensors(part)[0]))
     grouped: dict[Key, list[Tensor]] = {}
     for k, value in influence.items():
         grouped.setdefault((sites[k].source, sites[k].conv), []).append(value / probes)
@@ -165,7 +175,7 @@ def _influence(
 STRONG = 4  # the second moment takes one in so many samples of an image: those that weigh most carry nearly all of it
 
 
-def add(moments: dict[Key, Metric], key: Key, parts: dict[str, Tensor], images: int) -> None:
+def add(moments: dict[Key, Metric], key: Key, parts: dict[str, Tensor], store: Store, images: int) -> None:
     """Count the gradients (samples, out) at the outputs of the layers of one input into their second moment."""
     joined = torch.cat(list(parts.values()), dim=1)
     if len(joined) % images == 0 and len(joined) > STRONG * images:
@@ -176,8 +186,20 @@ def add(moments: dict[Key, Metric], key: Key, parts: dict[str, Tensor], images: 
     if key not in moments:
         ends = list(itertools.accumulate((p.shape[1] for p in parts.values()), initial=0))
         rows = {name: slice(a, b) for name, a, b in zip(parts, ends, ends[1:], strict=False)}
-        moments[key] = Metric(rows, joined.new_zeros(ends[-1], ends[-1]))
-    moments[key].moment.addmm_(joined.mT, joined)
+        moments[key] = _nothing(rows, joined, store)
+    kept = moments[key].moment
+    store.update(kept, load(kept).to(joined.device).add_(joined.mT @ joined))
+
+
+def _nothing(rows: dict[str, slice], like: Tensor, store: Store) -> Metric:
+    """Of gradients (samples, out), before the first.  Where memory is budgeted it waits on the host.
+
+    Products are in the gradients' type, their sum is wider: the order of the batches leaves no trace.
+    """
+    there = like.device if store.budget is None else "cpu"
+    width = like.shape[1]
+    zeros = torch.zeros(width, width, dtype=ranks.wide(like), device=there)
+    return Metric(rows, store.keep(zeros), like.device, like.dtype)
 
 
 def _directions(output: Tensor, part: Any, seed: int) -> Tensor:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import resource
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -225,7 +225,7 @@ def prune(
         if recipe.permute != "none":
             if recipe.pattern().m:
                 tell({"event": "stage", "text": "reordering channels"})
-                wanted = [s for u in chosen.units for s in u.sites]
+                wanted = [s for u in chosen.units[:blocks] for s in u.sites]
                 found = permute.permute(model, batches, wanted, chosen.patterns, recipe.permute, chosen.small)
                 permutation = permute.told(found, recipe.permute)
                 notes += permute.said(found)
@@ -292,13 +292,14 @@ def run(
     saved = resume.Saved(folder, resume.fingerprint(model, batches, recipe)) if folder else None
     pairs = [Pair(e, e) for e in way.enter(batches)]
     metrics: dict[Key, Metric] = {}
+    every = [s for u in chosen.units for s in u.sites]
     if "gram" in evidence(recipe) and (target.importance > 0 or target.metric > 0):
         tell({"event": "stage", "text": "weighing samples by their influence on the output"})
-        every = [s for u in chosen.units for s in u.sites]
-        weights, metrics = weigh(model, every, batches, target, recipe.seed, saved, min(micro or 8, 8))
+        weights, metrics = weigh(model, every, batches, target, recipe.seed, saved, min(micro or 8, 8), way.store)
         for pair, w in zip(pairs, weights, strict=True):
             pair.weights = streams.Lazy(way.store.keep(w))
     small = way.enter([chosen.small])[0]
+    last = {(s.source, s.conv): s.unit for s in every}  # the last unit that reads an input
     del batches
     whole = len(pairs)
     if "window" in evidence(recipe) and not all(ranks.gather(whole)):
@@ -330,6 +331,8 @@ def run(
             for entry in facts["entries"]:
                 done(unit, entry)
         small = way.advance(i, small)
+        for key in [k for k, unit_ in last.items() if unit_ == i]:  # nothing asks for them again
+            metrics.pop(key, None)
         if i + 1 < len(chosen.units[:blocks]) and uses_activations(recipe):
             two = recipe.refine is not None or target.mix > 0
 
@@ -345,39 +348,51 @@ def run(
     return report
 
 
+MOMENT = "moment"  # beside the names of sites, which end in .weight or alike
+
+
 def weigh(
     model: nn.Module, every: list[sites.Site], batches: Any, target: Target, seed: int, saved: resume.Saved | None,
-    micro: int = 8,
+    micro: int = 8, store: streams.Store | None = None,
 ) -> tuple[list[dict[Key, Tensor]], dict[Key, Metric]]:  # fmt: skip
     """The importance of samples and directions, from the folder of a stopped run where that has got so far."""
+    compute = functools.partial(
+        importance, model, every, batches, target.importance, target.metric, seed=seed, micro=micro, store=store
+    )
     if saved is None or ranks.world_size() > 1:  # each rank has its own; they are computed again
-        return importance(model, every, batches, target.importance, target.metric, seed=seed, micro=micro)
-    keys = list(dict.fromkeys((s.source, s.conv) for s in every))
-    kept = saved.kept("importance", len(batches) + 1)
-    if kept is None:
-        weights, metrics = importance(model, every, batches, target.importance, target.metric, seed=seed, micro=micro)
-        last: dict[str, Tensor] = {}
-        for key, metric in metrics.items():
-            last[f"moment {keys.index(key)}"] = metric.moment
-            for n, rows in metric.rows.items():
-                last[f"rows {keys.index(key)} {n}"] = torch.tensor([rows.start, rows.stop])
-        parts = [{str(keys.index(key)): w for key, w in part.items()} for part in weights]
-        saved.keep("importance", [*parts, last])
+        return compute()
+    store, keys = store or streams.Store(), list(dict.fromkeys((s.source, s.conv) for s in every))
+    coupled = keys if target.metric > 0 else []
+    kept, known = saved.kept("importance", len(batches)), saved.kept("metric", len(coupled))
+    if kept is None or known is None:
+        weights, metrics = compute()
+
+        def parts() -> Iterator[dict[str, Tensor]]:
+            for key in coupled:
+                metric = metrics.get(key)
+                rows = {n: torch.tensor([r.start, r.stop]) for n, r in metric.rows.items()} if metric else {}
+                yield {**rows, **({MOMENT: streams.load(metric.moment)} if metric else {})}
+
+        saved.keep("importance", ({str(keys.index(k)): w for k, w in part.items()} for part in weights), len(weights))
+        saved.keep("metric", parts(), len(coupled))
         return weights, metrics
-    *parts, last = kept
-    weights = [{key: part[str(k)] for k, key in enumerate(keys) if str(k) in part} for part in parts]
-    metrics = {}
-    for s in every:
-        for k, key in enumerate(keys):
-            if f"rows {k} {s.name}" in last:
-                metric = metrics.setdefault(key, Metric({}, last[f"moment {k}"]))
-                metric.rows[s.name] = slice(*last[f"rows {k} {s.name}"].tolist())
-    return weights, metrics
+    metrics, device = {}, next(model.parameters()).device
+    for key, part in zip(coupled, known, strict=True):
+        if MOMENT in part:
+            there = device if store.budget is None else "cpu"
+            moment = store.keep(part.pop(MOMENT).to(there))
+            metrics[key] = Metric({n: slice(*rows.tolist()) for n, rows in part.items()}, moment, device)
+    return [{keys[int(k)]: w for k, w in part.items()} for part in kept], metrics
 
 
 def evidence(recipe: Recipe) -> set[str | None]:
     roles = (recipe.mask, recipe.solve, recipe.refine)
     return {methods.evidence(role["method"]) for role in roles if role}
+
+
+def only_grams(recipe: Recipe) -> bool:
+    """Whether a run reads its images through sums per batch alone."""
+    return evidence(recipe) <= {"gram", None} and not staged.wanted(recipe)
 
 
 def uses_activations(recipe: Recipe) -> bool:

@@ -27,6 +27,7 @@ from . import importance, methods
 from .collect import AHEAD, Pair, Stage, Target, find_junctions
 from .objective import Gram
 from .sites import Site, _tensors, cut, quiet
+from .streams import Store
 from .walk import Unit, Walk
 from .window import Window
 
@@ -79,10 +80,11 @@ class Block:
     name: str
     dense: int  # the copy of its dense weights
     image: int  # columns, corrections and the forward itself
-    stages: tuple[int, ...]  # the Gram sums of each stage
-    solves: tuple[int, ...]  # what choosing and refitting one layer of each stage needs beside them
+    stages: tuple[int, ...]  # the Gram sums of each stage while they grow
+    solves: tuple[int, ...]  # the same, rounded, and what choosing and refitting one layer of each stage needs
     stream: int  # one image at the unit's entry, in one stream
     ahead: int = 0  # the dense network's activations of one image, where they are kept for all stages
+    metrics: tuple[int, ...] = ()  # the output metrics that the unit is the last to use, one per input
 
 
 @dataclass(frozen=True)
@@ -94,27 +96,27 @@ class Needs:
     image: int  # one image as the model takes it
     influence: int  # the importance weights of one image
     weighing: int  # what differentiating one image through the model holds; 0 where nothing is weighed
-    metric: int  # output metrics, where the recipe asks for them
     streams: int  # 1 or 2 activation streams
     blocks: tuple[Block, ...] = field(repr=False, default=())
 
+    @property
+    def metric(self) -> int:
+        """Output metrics of all layers, where the recipe asks for them: each waits until its unit has been pruned."""
+        return sum(sum(b.metrics) for b in self.blocks)
+
     def fixed(self) -> int:
         """What no budget can make smaller: everything but activations, at one image at a time."""
-        widest = [b.dense + max(self._solved(b), default=0) for b in self.blocks]
-        return self.present + self.metric + max(widest, default=0)
-
-    @staticmethod
-    def _solved(b: Block) -> list[int]:
-        return [s + w for s, w in zip(b.stages, b.solves, strict=True)]
+        widest = [b.dense + max(b.metrics, default=0) + max(*b.stages, *b.solves, 0) for b in self.blocks]
+        return self.present + max(widest, default=0)
 
     def working(self, images: int) -> int:
         """What computing `images` at once adds, at the widest point."""
         return max([self.weighing * min(images, MICRO)] + [b.image * images for b in self.blocks])
 
     def waiting(self, samples: int) -> int:
-        """Images, importance and streams of all samples."""
+        """Images, importance and streams of all samples, and output metrics."""
         wide = max((b.stream for b in self.blocks), default=0)
-        return samples * (self.image + self.influence + self.streams * wide)
+        return samples * (self.image + self.influence + self.streams * wide) + self.metric
 
     def peak(self, samples: int, images: int, host: int | None = None) -> int:
         """Resident bytes at the widest point.  samples: of this process.  images: computed at once.
@@ -125,20 +127,22 @@ class Needs:
         def held(wanted: int) -> int:
             return wanted if host is None else min(wanted, host)
 
-        entered = samples * (self.image + self.influence + (self.blocks[0].stream if self.blocks else 0))
+        left = self.metric
+        entered = samples * (self.image + self.influence + (self.blocks[0].stream if self.blocks else 0)) + WIDE * left
         loose = SLACK if host is None else 1.0  # a run within a budget gives freed memory back at once
         found = [self.present + held(entered) + int(loose * self.weighing * min(images, MICRO))]
         for b in self.blocks:
-            kept = held(samples * (self.image + self.influence + self.streams * b.stream))
-            base = self.present + self.metric + kept + b.dense
-            if host is None:
-                base += min(samples * b.ahead, AHEAD)
-            for sums, solved in zip(b.stages, self._solved(b), strict=True):
+            kept = held(samples * (self.image + self.influence + self.streams * b.stream) + left)
+            read = min(samples * b.ahead, AHEAD) if host is None else max(b.metrics, default=0)
+            base = self.present + kept + b.dense + read
+            left -= sum(b.metrics)
+            for sums, solved in zip(b.stages, b.solves, strict=True):
                 found.append(base + max(sums + int(loose * b.image * images), solved))
         return max(found)
 
 
 _DEFAULTS = inspect.signature(importance.importance).parameters
+WIDE = 2  # sums are float64 while they grow
 SLACK = 1.2  # measured: resident over live bytes of activations, with glibc's own threshold
 MICRO, PROBES = _DEFAULTS["micro"].default, _DEFAULTS["probes"].default  # images differentiated at once; how often
 
@@ -176,12 +180,17 @@ def needs(model: nn.Module, chosen: Any, recipe: Any) -> Needs:
         kept: dict[Any, Tensor] = {}
         modules = dict(model.named_modules())
         weighing = live(
-            lambda: kept.update(importance._influence(model, modules, every, one, PROBES, 0, None))
+            lambda: kept.update(importance._influence(model, modules, every, one, PROBES, 0, None, Store()))
         )
         influence = _bytes(kept)
     way = Walk.unchecked(model, chosen.units)
     with quiet(model), torch.no_grad():
         inputs, _ = way._record(one)
+    widths: dict[Any, int] = {}  # of the metrics: one for all layers that read the same input
+    for s in every:
+        if weighed and target.metric > 0 and s.shape[0] == 1:
+            widths[s.source, s.conv] = widths.get((s.source, s.conv), 0) + s.shape[1]
+    last = {(s.source, s.conv): s.unit for s in every}
     blocks: list[Block] = []
     alike: dict[Any, Block] = {}
     for i, unit in enumerate(chosen.units):
@@ -189,26 +198,17 @@ def needs(model: nn.Module, chosen: Any, recipe: Any) -> Needs:
         key = (type(unit.module), tuple((s.shape, s.conv, s.uses) for s in unit.sites), str(_shapes(call)))
         if key not in alike:
             alike[key] = _block(way, i, unit, call, recipe, target, gram, window)
-        blocks.append(replace(alike[key], name=unit.name))
+        own = tuple(4 * w * w for k, w in widths.items() if last[k] == i)
+        blocks.append(replace(alike[key], name=unit.name, metrics=own))
     return Needs(
         present=present,
         weights=model_bytes(model),
         image=_bytes(one),
         influence=influence,
         weighing=weighing,
-        metric=_metrics(every) if weighed and target.metric > 0 else 0,
         streams=2 if recipe.refine is not None or target.mix > 0 else 1,
         blocks=tuple(blocks),
     )
-
-
-def _metrics(every: list[Site]) -> int:
-    """Bytes of the output metrics: one for all layers that read the same input."""
-    widths: dict[Any, int] = {}
-    for s in every:
-        if s.shape[0] == 1:
-            widths[s.source, s.conv] = widths.get((s.source, s.conv), 0) + s.shape[1]
-    return sum(4 * w * w for w in widths.values())
 
 
 def give_back() -> None:
@@ -240,14 +240,15 @@ def _block(
         with torch.no_grad():
             ahead = Stage(way, i, unit.sites, dense, target, sums=False).ahead(pair).size()
     for stage in [unit.sites] if target.group == "block" else unit.stages:
-        fixed = 0
+        fixed = rounded = 0
         if gram:
             made = Stage(way, i, stage, dense, target)
             kept = {id(t): t for g in made.sums for t in (g.xx, g.sx, g.xd, g.dd, g.sd, g.weight)}
             fixed = _bytes(list(kept.values()))
+            rounded = sum(t.numel() * made.sums[0].weight.element_size() for t in kept.values())
             image = max(image, live(lambda made=made: made.add(pair, compare=target.mix > 0)))  # type: ignore[misc]
         sums.append(fixed)
-        solves.append(max(solve_bytes(s, recipe, target) for s in stage))
+        solves.append(rounded + max(solve_bytes(s, recipe, target) for s in _joined(stage, target)))
     if window:
         image = max(image, _window(way, i, unit, pair, dense, recipe, target))
     for s, (junction, scale) in zip(unit.sites, places, strict=True):
@@ -272,6 +273,18 @@ def _window(
     return live(work)
 
 
+def _joined(stage: list[Site], target: Target) -> list[Site]:
+    """The layers of a stage as they are solved: those that an output metric couples as one."""
+    if target.metric <= 0:
+        return stage
+    made: dict[Any, Site] = {}
+    for s in stage:
+        key = (s.source, s.conv) if s.shape[0] == 1 else s.name
+        rows = made[key].shape[1] if key in made else 0
+        made[key] = replace(s, shape=(s.shape[0], rows + s.shape[1], s.shape[2]))
+    return list(made.values())
+
+
 def solve_bytes(site: Site, recipe: Any, target: Target) -> int:
     """What choosing and refitting one layer needs: measured on a narrower problem, times the square of the ratio."""
     groups, rows, columns = site.shape
@@ -286,7 +299,8 @@ def solve_bytes(site: Site, recipe: Any, target: Target) -> int:
     gram = Gram.zeros(weight)
     gram.add_inputs(x)
     gram.add_corrections(x, x @ weight.mT)
-    gram = replace(gram, bias=target.bias, mix=target.mix)
+    metric = torch.eye(rows) if target.metric > 0 and groups == 1 else None
+    gram = replace(gram, bias=target.bias, mix=target.mix, metric=metric)
 
     def work() -> None:
         problem = methods.Problem(weight, pattern, gram)
@@ -306,7 +320,8 @@ def solve_bytes(site: Site, recipe: Any, target: Target) -> int:
 
     exact = site.shape[0] * site.shape[1] * site.shape[2] / (few * rows * columns)
     square = site.shape[0] * site.shape[2] ** 2 / (few * columns**2)
-    return int(live(work) * max(exact, square))
+    outputs = (site.shape[1] / rows) ** 2 if metric is not None else 0.0
+    return int(live(work) * max(exact, square, outputs))
 
 
 # ----------------------------------------------------------------------------------------------------------- budgets

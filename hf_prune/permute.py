@@ -139,7 +139,12 @@ def moments(
     images: how many are enough.
     """
     at = {(s.parameter, s.rows): s for s in sites}
-    sums: dict[str, Tensor] = {}
+    named = parameters(model)
+    # on a rank without images too; wide sums of narrow products, so that the order of the batches leaves no trace
+    sums = {}
+    for s in sites:
+        like, shape = named[s.parameter], (s.shape[0], s.shape[2]) if diagonal else (s.shape[0], s.shape[2], s.shape[2])
+        sums[s.name] = torch.zeros(shape, dtype=ranks.wide(like), device=like.device)
 
     def use(u: Use) -> None:
         s = at.get((u.parameter, u.rows))
@@ -148,14 +153,15 @@ def moments(
         x = s.columns(u.x.detach())
         x = x.float() if x.dtype not in (torch.float32, torch.float64) else x
         step = x.square().sum(1) if diagonal else x.mT @ x
-        sums[s.name] = sums[s.name].add_(step) if s.name in sums else step
+        sums[s.name] += step
 
     device = next(model.parameters()).device
-    with quiet(model), torch.no_grad(), Tape(parameters(model), use):
+    with quiet(model), torch.no_grad(), Tape(named, use):
         for batch in some(batches, images):
             feed(model, placed(batch, device))
     ranks.sum_(sums.values())
-    return sums
+    exact = {torch.float64} & {p.dtype for p in named.values()}
+    return {name: total if exact else total.float() for name, total in sums.items()}
 
 
 def scores(

@@ -58,6 +58,11 @@ def _across(what: Callable[[], Any], sends: int) -> None:
     sent += sends
 
 
+def wide(like: Tensor) -> torch.dtype:
+    """What sums over batches and ranks of tensors like this one are kept in, so that their order does not matter."""
+    return like.dtype if like.device.type == "mps" else torch.float64  # which has no float64
+
+
 def sum_(tensors: Iterable[Tensor]) -> int:
     """Add each tensor over all ranks, in place.  Returns the bytes this rank contributed."""
     total = 0

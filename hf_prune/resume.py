@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -190,20 +190,18 @@ class Saved:
 
     # -- what is known before the first block
 
-    def keep(self, name: str, parts: Sequence[Mapping[str, Tensor]]) -> None:
-        """Keep a list of mappings of tensors, one file each, so that none needs them all in memory."""
+    def keep(self, name: str, parts: Iterable[Mapping[str, Tensor]], count: int) -> None:
+        """Keep `count` mappings of tensors, one file each, so that none needs them all in memory."""
         for k, part in enumerate(parts):
-            self.put(self._part(name, k, len(parts)), part, {"block": f"{name} {k}", "facts": {}})
+            self.put(self._part(name, k, count), part, {"block": f"{name} {k}", "facts": {}})
 
-    def kept(self, name: str, count: int) -> list[dict[str, Tensor]] | None:
-        """What `keep` was given under that name; None unless all `count` parts are there."""
+    def kept(self, name: str, count: int) -> Iterator[dict[str, Tensor]] | None:
+        """What `keep` was given under that name, one after the other; None unless all `count` parts are there."""
         paths = [self._part(name, k, count) for k in range(count)]
         if not all(p.exists() for p in paths):
             return None
-        parts = [self.read(p, f"{name} {k}")[0] for k, p in enumerate(paths)]
-        for part in parts:
-            part.pop(RNG)
-        return parts
+        read = (self.read(p, f"{name} {k}")[0] for k, p in enumerate(paths))
+        return ({n: t for n, t in part.items() if n != RNG} for part in read)
 
     def _part(self, name: str, k: int, count: int) -> Path:
         return self.folder / f"{name}-{k + 1}-of-{count}.kept"

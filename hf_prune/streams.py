@@ -116,13 +116,25 @@ class Store:
         self.resident -= count
 
     def _spill(self, t: Tensor) -> Spilled:
-        t = t.detach().cpu().contiguous()
         room = _room(t)
         gaps = self.free.get(room)
         offset = gaps.pop() if gaps else self.end
         if offset == self.end:
             os.ftruncate(self.handle(), self.end + room)
             self.end += room
+        self.write(offset, t)
+        return Spilled(self, offset, t)
+
+    def update(self, kept: Any, value: Tensor) -> None:
+        """Put `value` in the place of a kept tensor of the same shape and type."""
+        if isinstance(kept, Spilled):
+            assert (kept.shape, kept.dtype) == (value.shape, value.dtype)
+            self.write(kept.offset, value)
+        elif kept is not value:
+            kept.copy_(value)
+
+    def write(self, offset: int, t: Tensor) -> None:
+        t = t.detach().cpu().contiguous()
         where = self.folder or tempfile.gettempdir()
         data = t.reshape(-1).view(torch.uint8).numpy().data if t.numel() else memoryview(b"")
         done = 0
@@ -134,7 +146,6 @@ class Store:
                 f"activations beyond the memory budget could not be written to {where} ({e.strerror or e}); make "
                 "room there, or give a larger --host-memory."
             ) from e
-        return Spilled(self, offset, t)
 
 
 def load(leaf: Any) -> Any:

@@ -84,6 +84,13 @@ def test_ranks_share_one_order(tmp_path: Path, samples: int | None) -> None:
     if samples is not None:
         assert found == [order[rank::3] for rank in range(3)]
     assert [share.expected for share in shares] == [len(range(rank, samples or 30, 3)) for rank in range(3)]
+    dealt = [images(str(file), samples=samples, seed=3, rank=rank, world_size=3, deal=4) for rank in range(3)]
+    whole = [numbers(share) for share in dealt]
+    assert sorted(sum(whole, [])) == sorted(order)
+    if samples is not None:  # the batches of one process, in turn
+        runs = [order[k : k + 4] for k in range(0, samples, 4)]
+        assert whole == [sum(runs[rank::3], []) for rank in range(3)]
+        assert [share.expected for share in dealt] == [len(w) for w in whole]
 
 
 def test_streaming_mixes_through_a_buffer(folder: Path) -> None:

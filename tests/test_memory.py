@@ -67,7 +67,7 @@ def test_what_is_counted_of_a_model():
     assert block.stream == 4 * 32 * 64
     assert block.dense == 4 * (2 * 64 * 256 + 256 + 64)
     xx, xd, w = 64 * 64, 64 * 256, 64 * 256
-    assert block.stages[0] == 4 * (xx + 64 + xd + w + 2 * 256)
+    assert block.stages[0] == 8 * (xx + 64 + xd + 2 * 256) + 4 * w
     assert found.metric == 4 * (64**2 + 2 * (256**2 + 64**2))
     assert found.peak(400, 4) > found.peak(40, 4) and found.peak(400, 4, host=0) == found.peak(40, 4, host=0)
 

@@ -96,7 +96,7 @@ def test_any_number_of_ranks_gives_the_same_model(recipe, size, count):
             assert torch.allclose(w, other, rtol=1e-3, atol=1e-5), name
     layers = [r for r in found[0][1] if r["pattern"]]
     assert all(r["sent_bytes"] > 0 for r in layers)
-    sums = 4 * (12 * 12 + 12 + 12 * 8 + 2 * 8) + 8  # xx, sx, xd, dd, sd of the first layer; the count
+    sums = 8 * (12 * 12 + 12 + 12 * 8 + 2 * 8) + 8  # xx, sx, xd, dd, sd of the first layer; the count
     each = 0 if recipe is HALF else (4 + 1) + 4 * (recipe is DEFAULT)  # a weight and its mask; a refit weight
     assert layers[0]["sent_bytes"] == sums + -(-8 // size) * 12 * each
 
