@@ -93,7 +93,7 @@ def test_any_number_of_ranks_gives_the_same_model(recipe, size, count):
             other = torch.from_numpy(found[r][0][name])
             assert torch.equal(torch.from_numpy(found[0][0][name]), other), "all ranks hold the same bits"
             assert torch.equal(w != 0, other != 0), f"{name}: the masks differ"
-            assert torch.allclose(w, other, rtol=1e-3, atol=1e-5), name
+            assert torch.allclose(w, other, rtol=5e-3, atol=1e-3), name
     layers = [r for r in found[0][1] if r["pattern"]]
     assert all(r["sent_bytes"] > 0 for r in layers)
     sums = 8 * (12 * 12 + 12 + 12 * 8 + 2 * 8) + 8  # xx, sx, xd, dd, sd of the first layer; the count
