@@ -1,6 +1,7 @@
 """The loop on small networks: what is written, what never rises, and what happens when things go wrong."""
 
 import copy
+import functools
 import os
 import socket
 import sys
@@ -12,7 +13,8 @@ import torch.multiprocessing as mp
 from nets import Block
 from torch import nn
 
-from hf_prune import loop, sites
+from hf_prune import collect, loop, sites, streams
+from hf_prune import importance as weighing
 from hf_prune.importance import importance
 from hf_prune.loop import Recipe, plan, prune
 
@@ -428,3 +430,71 @@ def test_images_behind_the_first_dimension_are_not_weighed_in_a_wrong_order():
     assert {len(w) for w in whole[0].values()} == {16, 16 * 8}
     for key, w in whole[0].items():
         torch.testing.assert_close(w, parts[0][key])
+
+
+# ------------------------------------------------------------------------------------------- what a block costs to run
+
+
+@pytest.mark.parametrize(("room", "fit"), [(0, 0), (10_000, 1)])
+def test_keeping_the_dense_activations_of_a_block_changes_no_bit(room, fit, monkeypatch):
+    """With room for every batch, for one of them, and for none."""
+    torch.manual_seed(0)
+    models = [Plain().eval()]
+    models.append(copy.deepcopy(models[0]))
+    kept = []
+
+    def ahead(walk, i, sites_, pairs, *rest, room=2**30):
+        collect.look_ahead(walk, i, sites_, pairs, *rest, room)
+        kept.append(sum(p.ahead is not None for p in pairs))
+
+    recipe = Recipe(nm="2:4", target={"metric": 0.5})
+    monkeypatch.setattr(loop, "look_ahead", ahead)
+    prune(models[0], images(), recipe)
+    assert kept == [3, 3]
+    monkeypatch.setattr(loop, "look_ahead", functools.partial(ahead, room=room))
+    prune(models[1], images(), recipe)
+    assert kept[2:] == [fit] * 2, "a batch of these holds 8 kB"
+    for (name, a), b in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_layers_of_a_block_may_share_one_forward(monkeypatch):
+    """group `block`: the second layer's inputs are those behind the dense first layer; by layer, the pruned one's."""
+    torch.manual_seed(0)
+    dense = Plain().eval()
+    block, found = dense.blocks[0], {}
+    batch = images(1)[0]
+    with torch.no_grad():
+        hidden = block.a(block.norm(dense.stem(batch).flatten(2).mT)).relu().reshape(-1, 16)
+    for group in ("block", "layer"):
+        grams = []
+
+        def spy(*args, grams=grams):
+            grams.append(collect.grams(*args))
+            return grams[-1]
+
+        monkeypatch.setattr(loop, "grams", spy)
+        recipe = Recipe(nm="1:4", mask={"method": "sparsegpt"}, solve=None,
+                        target={"mix": 0.0, "importance": 0.0, "residual": False, "group": group})  # fmt: skip
+        prune(copy.deepcopy(dense), [batch], recipe)
+        found[group] = [len(g) for g in grams[:2]], next(g for gs in grams for g in gs if g.xx.shape[-1] == 16)
+    assert found["block"][0] == [2, 2] and found["layer"][0] == [1, 1]
+    assert torch.allclose(found["block"][1].xx[0].float(), hidden.mT @ hidden, rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(found["layer"][1].xx[0].float(), hidden.mT @ hidden, rtol=1e-2)
+    with pytest.raises(ValueError, match="target.group both: choose layer or block"):
+        prune(dense, [batch], Recipe(nm="2:4", target={"group": "both"}))
+
+
+def test_the_metric_counts_the_strongest_quarter_of_each_image():
+    """Against a sum over images one by one; what is left out of the moment is what weighs least."""
+    generator = torch.Generator().manual_seed(0)
+    parts = {"a": torch.randn(3 * 16, 4, generator=generator), "b": torch.randn(3 * 16, 2, generator=generator)}
+    moments = {}
+    weighing.add(moments, "input", parts, streams.Store(), 3)
+    joined = torch.cat(list(parts.values()), 1).double()
+    expected = torch.zeros(6, 6, dtype=torch.float64)
+    for image in joined.split(16):
+        for row in sorted(image, key=lambda r: -float(r.square().sum()))[:4]:
+            expected += torch.outer(row, row)
+    assert torch.allclose(moments["input"].moment.double(), expected, rtol=1e-5, atol=1e-5)
+    assert moments["input"].rows == {"a": slice(0, 4), "b": slice(4, 6)}

@@ -139,3 +139,12 @@ def test_the_residual_stream_keeps_its_order():
     before = model.stem.weight.detach().clone()
     permute.permute(model, batches(), every, patterns, "magnitude", batches()[0])
     assert torch.equal(model.stem.weight, before)
+
+
+def test_images_for_the_scores_are_drawn_by_content():
+    """The same ones however the images are cut into batches, and no more than asked for."""
+    images = torch.cat(batches())
+    whole = [list(permute.some(parts, 5)) for parts in (images.split(4), images.split(7), list(images.split(1))[::-1])]
+    drawn = [sorted(float(image.sum()) for batch in part for image in batch) for part in whole]
+    assert drawn[0] == drawn[1] == drawn[2] and len(drawn[0]) == 5
+    assert sum(len(batch) for batch in permute.some(batches(), 100)) == 16, "where there are fewer, all of them"
