@@ -355,28 +355,40 @@ def efficiency() -> None:
     """What 2 to 64 GPUs would do: work that divides, work that does not, and bytes over a stated bandwidth."""
     bandwidth, wait = 100e9, 30e-6  # bytes a second and seconds per operation: NVLink within a node, in round figures
     flops = 30e12  # what a current GPU reaches in float32 without TF32, in round figures
-    width, hidden, tokens, samples = 1024, 4096, 197, 256
+    width, hidden, tokens, samples, steps = 1024, 4096, 197, 256, 50
     layers = [(width, width)] * 4 + [(hidden, width), (width, hidden)]
+    coupled = [(3 * width, width), *layers[3:]]  # q, k and v read one input: solved as one with an output metric
     forward = 2 * tokens * (sum(o * i for o, i in layers) + 2 * tokens * width)
     per_image = 9 * forward + sum(2 * tokens * (i * i + 2 * o * i) for o, i in layers)  # both streams, Gram sums
-    fixed_apart = sum(2 * i**3 for _, i in layers)  # factorisations: every rank alike
-    solve = sum(40 * 2 * o * i * i for o, i in layers)  # conjugate gradients: 40 products, rows divided where apart
-    sent = 4 * sum(i * i + o * i + 2 * (i + o) for o, i in layers)
-    rows = []
+    factors = sum(2 * i**3 for _, i in layers)  # every rank alike
+    sums = 8 * sum(i * i + o * i + 2 * (i + o) for o, i in layers)  # float64
+    ways = {
+        "rows apart": (factors, steps * sum(2 * 2 * o * i * i for o, i in layers), sums, 5 * len(layers)),
+        "output metric": (
+            factors + sum(2 * o**3 for o, _ in coupled),
+            steps * sum(2 * 2 * o * i * (o + i) for o, i in coupled),
+            # and the columns of two products a step, gathered, which crosses half as often as a sum
+            sums + steps * sum(2 * 4 * o * i for o, i in coupled) / 2,
+            5 * len(layers) + 2 * steps * len(coupled),
+        ),
+    }
+    lines = []
+    alone: dict[str, float] = {}
     for gpus in (1, 2, 4, 8, 16, 32, 64):
-        reduce = 0.0 if gpus == 1 else 2 * (gpus - 1) / gpus * sent / bandwidth + 5 * len(layers) * wait
-        cells = []
-        for apart_ in (True, False):
-            seconds = (samples / gpus * per_image + fixed_apart + solve / (gpus if apart_ else 1)) / flops + reduce
-            cells.append(seconds)
-        rows.append((gpus, *cells, reduce))
-    base = rows[0]
-    lines = [[str(g), f"{1e3 * a:.0f}", f"{100 * base[1] / a / g:.0f} %", f"{1e3 * b:.0f}",
-              f"{100 * base[2] / b / g:.0f} %", f"{1e3 * r:.1f}"] for g, a, b, r in rows]  # fmt: skip
-    head = ["GPUs", "ms per block, rows apart", "efficiency", "ms, output metric", "efficiency", "of it sums"]
+        line = [str(gpus)]
+        for name, (fixed, solve, sent, calls) in ways.items():
+            away = 0.0 if gpus == 1 else 2 * (gpus - 1) / gpus * sent / bandwidth + calls * wait
+            seconds = (samples / gpus * per_image + fixed + solve / gpus) / flops + away
+            alone.setdefault(name, seconds)
+            line += [f"{1e3 * seconds:.0f}", f"{100 * alone[name] / seconds / gpus:.0f} %", f"{1e3 * away:.0f}"]
+        lines.append(line)
+    head = ["GPUs"]
+    for name in ways:
+        head += [f"ms per block, {name}", "efficiency", "ms of it communication"]
     put("efficiency", table(head, lines) + f"\n\nPredicted, not measured: a block of ViT-L/16, {samples} images, "
-        f"counted operations at {flops / 1e12:.0f} TFLOP/s in float32, {sent / MIB:.0f} MiB of sums per block at "
-        f"{bandwidth / 1e9:.0f} GB/s in a ring.")  # fmt: skip
+        f"{steps} steps of each solve, counted operations at {flops / 1e12:.0f} TFLOP/s in float32, {sums / MIB:.0f} "
+        f"MiB of sums per block and with an output metric {ways['output metric'][2] / MIB:.0f} MiB with the products "
+        f"of its solves (a gather counts half of a sum), at {bandwidth / 1e9:.0f} GB/s in a ring.")  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------- kills

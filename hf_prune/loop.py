@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import allocation, memory, methods, microbatch, offload, permute, ranks, resume, sites, staged, streams, walk
 from .collect import Pair, Target, find_junctions, grams, holding, look_ahead
 from .importance import Key, Metric, importance
-from .linalg import exact_matmul, residuals
+from .linalg import dividing, exact_matmul, residuals
 from .objective import Gram
 from .pattern import Pattern, allocate
 from .window import Window
@@ -507,7 +507,7 @@ class Block:
                 together = Gram.join([g for _, g in group if g is not None], joint)
                 draft = methods.Draft(*(torch.cat(parts, 1) for parts in zip(*drafts, strict=True)))
                 problem = methods.Problem(together.weight, self.patterns[site.name], together)
-                with residuals() as seen:
+                with residuals() as seen, dividing(ranks.columns):
                     new = call("solve", self.recipe.solve, problem, draft).split([s.shape[1] for s, _ in group], 1)
                 return [self.write(s, tensors, g, d, w, seen) for (s, g), d, w in zip(group, drafts, new, strict=True)]
         except ValueError as e:

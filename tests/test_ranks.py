@@ -194,3 +194,30 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
 
 def test_shares():
     assert ranks.shares(5) == [5]
+
+
+def test_the_products_of_a_coupled_solve_are_divided():
+    """Their columns, wherever that is worth its bytes; masks stay, weights move by rounding at most."""
+
+    def work(rank, size):
+        ranks.WORTH = 0
+        parts = []
+        real = ranks.columns
+        from hf_prune import loop
+
+        loop.ranks.columns = lambda some, cost, n: real(lambda c: (parts.append(c), some(c))[1], cost, n)
+        model = network()
+        report = prune(model, images(5)[rank::size], METRIC)
+        return {k: v.numpy() for k, v in model.state_dict().items()}, parts, report.layers
+
+    found = run(3, work)
+    assert not [v for v in found.values() if isinstance(v, Exception)], found
+    assert [found[r][1][0] for r in range(3)] == [slice(0, 4), slice(4, 8), slice(8, 12)]
+    alone = network()
+    prune(alone, images(5), METRIC)
+    for name, w in alone.state_dict().items():
+        assert all((found[0][0][name] == found[r][0][name]).all() for r in range(3))
+        other = torch.from_numpy(found[0][0][name])
+        assert torch.equal(w != 0, other != 0) and torch.allclose(w, other, rtol=1e-3, atol=1e-5), name
+    few = run(3, lambda r, s: prune(network(), images(5)[r::s], METRIC).layers[0]["sent_bytes"])
+    assert found[0][2][0]["sent_bytes"] > few[0]
