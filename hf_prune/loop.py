@@ -580,7 +580,8 @@ def rows_apart(role: dict[str, Any], pattern: Pattern, objective: Any) -> bool:
 
 def divided(kind: str, role: dict[str, Any], problem: methods.Problem, *draft: methods.Draft) -> Any:
     """`call`, each rank working on its rows where they are apart; every rank then holds the result of all."""
-    if ranks.world_size() == 1 or not rows_apart(role, problem.pattern, problem.objective):
+    cost = problem.weight.numel() * problem.weight.shape[-1]
+    if ranks.world_size() == 1 or cost < ranks.WORTH or not rows_apart(role, problem.pattern, problem.objective):
         return call(kind, role, problem, *draft)
     rows = ranks.shares(problem.weight.shape[1])
     first = sum(rows[: ranks.rank()])

@@ -106,7 +106,9 @@ def shares(count: int) -> list[int]:
     return [each + (r < more) for r in range(world_size())]
 
 
-WORTH = 2**30  # multiplications: less is done sooner by every rank than it is handed around
+# Multiplications.  Less is done sooner by every rank than it is handed around, and a product of few rows rounds
+# otherwise than one of all, which would leave a trace of the number of ranks.
+WORTH = 2**30
 
 
 def columns(some: Callable[[slice], Tensor], cost: int, count: int) -> Tensor:
