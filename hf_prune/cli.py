@@ -542,7 +542,8 @@ def _keeping(blocks: Path, resumed: bool) -> Iterator[None]:
 
     def kept() -> str:
         count = len(list(blocks.glob("*.safetensors"))) if blocks.is_dir() else 0
-        return f"{count} finished blocks are kept: the same command with --resume goes on after them." if count else ""
+        what = "1 finished block is" if count == 1 else f"{count} finished blocks are"
+        return f"{what} kept: the same command with --resume goes on from there." if count else ""
 
     try:
         yield
