@@ -103,7 +103,7 @@ def apart(work: Callable[[], Any], seconds: float = 3000) -> Any:
 # -------------------------------------------------------------------------------------------------------------- memory
 def measured(
     build: Callable[[], Any], pixels: int, samples: int, batch: int = 8, host: str | None = None, name: str = "snows",
-    blocks: int | None = None, tell: Any = None, **options: Any,
+    blocks: int | None = None, tell: Any = None, kept: str | None = None, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Prediction and measurement of one run, in a process of its own."""
 
@@ -119,7 +119,8 @@ def measured(
         began = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             given = images(samples, batch, pixels)
-            loop.prune(model, given, chosen_recipe, host_memory=host, spill=folder, blocks=blocks, progress=tell)
+            limits = {"host_memory": host, "spill": folder, "blocks": blocks}
+            loop.prune(model, given, chosen_recipe, checkpoint=kept, progress=tell, **limits)
         return {
             "predicted": peak, "measured": memory.resident("VmHWM"), "base": base,
             "seconds": time.process_time() - began, "parameters": sum(p.numel() for p in model.parameters()),
@@ -204,11 +205,19 @@ LARGE = {"L": (1024, 24, 16, 16), "H": (1280, 32, 16, 14)}  # width, depth, head
 RECORDS = ROOT / "benchmarks" / "results" / "scale_large.json"
 
 
-def large(kind: str, samples: int, blocks: int | None, host: str | None, batch: int, options: dict[str, Any]) -> None:
-    """ViT-L/16 or ViT-H/14: what each block held at its widest, written down after every one."""
+def large(
+    kind: str, samples: int, blocks: int | None, host: str | None, batch: int, kept: str | None, options: dict[str, Any]
+) -> None:  # fmt: skip
+    """ViT-L/16 or ViT-H/14: what each block held at its widest, written down after every one.
+
+    kept: a folder of finished blocks, so that several calls make one run.
+    """
     width, depth, heads, patch = LARGE[kind]
-    began, spent, before = time.monotonic(), time.process_time(), "planning"
-    told: dict[str, Any] = {"samples": samples, "host": host, "options": options, "steps": []}
+    began, spent, before, now = time.monotonic(), 0.0, "planning", [""]
+    run: dict[str, Any] = {"samples": samples, "host": host, "options": options}
+    known = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+    same = kept and Path(kept).exists() and all(known.get(kind, {}).get(k) == v for k, v in run.items())
+    told: dict[str, Any] = known[kind] if same else {**run, "steps": {}}
 
     def tell(event: dict[str, Any]) -> None:
         """Layers are told when they are done, everything else when it begins."""
@@ -219,25 +228,35 @@ def large(kind: str, samples: int, blocks: int | None, host: str | None, batch: 
             name += ", and the first layers behind it"
         if event["event"] == "predicted":
             told.update({"predicted": event["peak"], "base": memory.resident()})
-        step = {"name": name, "cpu": time.process_time() - spent, "peak": memory.resident("VmHWM"),
-                "now": memory.resident()}  # fmt: skip
-        if told["steps"] and told["steps"][-1]["name"] == name:
-            last = told["steps"][-1]
-            step["cpu"] += last["cpu"]
-            step["peak"] = max(step["peak"], last["peak"])
-            told["steps"][-1] = step
-        else:
-            told["steps"].append(step)
+        old = told["steps"].get(name, {"cpu": 0.0, "peak": 0}) if name == now[0] else {"cpu": 0.0, "peak": 0}
+        step = {"cpu": old["cpu"] + time.process_time() - spent, "peak": max(old["peak"], memory.resident("VmHWM"))}
+        now[0] = name
+        if step["cpu"] >= told["steps"].get(name, step)["cpu"]:  # a block that is read back costs next to nothing
+            told["steps"][name] = step
         spent, before = time.process_time(), "" if layer else event.get("text", event["event"])
-        told.update({"seconds": time.monotonic() - began, "cpu": spent})
         known = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
         RECORDS.write_text(json.dumps(known | {kind: told}, indent=1) + "\n")
-        print(f"{told['seconds']:6.0f} s  {name}  peak {mib(step['peak'])} MiB", flush=True)
+        print(f"{time.monotonic() - began:6.0f} s  {name}  peak {mib(step['peak'])} MiB", flush=True)
+        put("large", large_table(json.loads(RECORDS.read_text())), quiet=True)
         Path("/proc/self/clear_refs").write_text("5")  # the next peak is its own (Linux)
 
     f = measured(lambda: vit(width, depth, 224, patch, heads), 224, samples, batch, host, blocks=blocks, tell=tell,
-                 **options)  # fmt: skip
+                 kept=kept, **options)  # fmt: skip
     print(json.dumps(f))
+
+
+def large_table(known: dict[str, Any]) -> str:
+    rows = []
+    for kind, told in sorted(known.items(), reverse=True):
+        title = {"L": "ViT-L/16, 304 M", "H": "ViT-H/14, 632 M"}[kind]
+        for name, step in told["steps"].items():
+            if name not in ("predicted", "start", "images"):
+                rows.append([title, f"{told['samples']}", told["host"] or "", name, mib(step["peak"]),
+                             f"{step['cpu']:.0f}"])  # fmt: skip
+                title = ""
+        rows.append([title, "", "", "*predicted peak*", mib(told["predicted"]), ""])
+    head = ["model", "images", "`--host-memory`", "step", "peak MiB in it", "CPU s"]
+    return table(head, rows) + "\n\nRandom weights, images of 224 pixels, `snows` 2:4; resident memory of the process."
 
 
 # --------------------------------------------------------------------------------------------------------------- ranks
@@ -355,28 +374,40 @@ def efficiency() -> None:
     """What 2 to 64 GPUs would do: work that divides, work that does not, and bytes over a stated bandwidth."""
     bandwidth, wait = 100e9, 30e-6  # bytes a second and seconds per operation: NVLink within a node, in round figures
     flops = 30e12  # what a current GPU reaches in float32 without TF32, in round figures
-    width, hidden, tokens, samples = 1024, 4096, 197, 256
+    width, hidden, tokens, samples, steps = 1024, 4096, 197, 256, 50
     layers = [(width, width)] * 4 + [(hidden, width), (width, hidden)]
+    coupled = [(3 * width, width), *layers[3:]]  # q, k and v read one input: solved as one with an output metric
     forward = 2 * tokens * (sum(o * i for o, i in layers) + 2 * tokens * width)
     per_image = 9 * forward + sum(2 * tokens * (i * i + 2 * o * i) for o, i in layers)  # both streams, Gram sums
-    fixed_apart = sum(2 * i**3 for _, i in layers)  # factorisations: every rank alike
-    solve = sum(40 * 2 * o * i * i for o, i in layers)  # conjugate gradients: 40 products, rows divided where apart
-    sent = 4 * sum(i * i + o * i + 2 * (i + o) for o, i in layers)
-    rows = []
+    factors = sum(2 * i**3 for _, i in layers)  # every rank alike
+    sums = 8 * sum(i * i + o * i + 2 * (i + o) for o, i in layers)  # float64
+    ways = {
+        "rows apart": (factors, steps * sum(2 * 2 * o * i * i for o, i in layers), sums, 5 * len(layers)),
+        "output metric": (
+            factors + sum(2 * o**3 for o, _ in coupled),
+            steps * sum(2 * 2 * o * i * (o + i) for o, i in coupled),
+            # and the columns of two products a step, gathered, which crosses half as often as a sum
+            sums + steps * sum(2 * 4 * o * i for o, i in coupled) / 2,
+            5 * len(layers) + 2 * steps * len(coupled),
+        ),
+    }
+    lines = []
+    alone: dict[str, float] = {}
     for gpus in (1, 2, 4, 8, 16, 32, 64):
-        reduce = 0.0 if gpus == 1 else 2 * (gpus - 1) / gpus * sent / bandwidth + 5 * len(layers) * wait
-        cells = []
-        for apart_ in (True, False):
-            seconds = (samples / gpus * per_image + fixed_apart + solve / (gpus if apart_ else 1)) / flops + reduce
-            cells.append(seconds)
-        rows.append((gpus, *cells, reduce))
-    base = rows[0]
-    lines = [[str(g), f"{1e3 * a:.0f}", f"{100 * base[1] / a / g:.0f} %", f"{1e3 * b:.0f}",
-              f"{100 * base[2] / b / g:.0f} %", f"{1e3 * r:.1f}"] for g, a, b, r in rows]  # fmt: skip
-    head = ["GPUs", "ms per block, rows apart", "efficiency", "ms, output metric", "efficiency", "of it sums"]
+        line = [str(gpus)]
+        for name, (fixed, solve, sent, calls) in ways.items():
+            away = 0.0 if gpus == 1 else 2 * (gpus - 1) / gpus * sent / bandwidth + calls * wait
+            seconds = (samples / gpus * per_image + fixed + solve / gpus) / flops + away
+            alone.setdefault(name, seconds)
+            line += [f"{1e3 * seconds:.0f}", f"{100 * alone[name] / seconds / gpus:.0f} %", f"{1e3 * away:.0f}"]
+        lines.append(line)
+    head = ["GPUs"]
+    for name in ways:
+        head += [f"ms per block, {name}", "efficiency", "ms of it communication"]
     put("efficiency", table(head, lines) + f"\n\nPredicted, not measured: a block of ViT-L/16, {samples} images, "
-        f"counted operations at {flops / 1e12:.0f} TFLOP/s in float32, {sent / MIB:.0f} MiB of sums per block at "
-        f"{bandwidth / 1e9:.0f} GB/s in a ring.")  # fmt: skip
+        f"{steps} steps of each solve, counted operations at {flops / 1e12:.0f} TFLOP/s in float32, {sums / MIB:.0f} "
+        f"MiB of sums per block and with an output metric {ways['output metric'][2] / MIB:.0f} MiB with the products "
+        f"of its solves (a gather counts half of a sum), at {bandwidth / 1e9:.0f} GB/s in a ring.")  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------- kills
@@ -451,12 +482,13 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--host-memory")
+    parser.add_argument("--checkpoint", help="a folder: a later call goes on, up to its own --blocks")
     parser.add_argument("--no-permute", action="store_true", help="leave the order of channels, which takes long")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.vit:
         options = {"permute": "none"} if args.no_permute else {}
-        large(args.vit, args.samples, args.blocks, args.host_memory, args.batch, options)
+        large(args.vit, args.samples, args.blocks, args.host_memory, args.batch, args.checkpoint, options)
         return 0
     # what torch imports on first use is then there in every forked process, and in none's measurement
     loop.prune(vit(width=32, depth=2, image=16), images(4, 2, 16), recipe.load("snows", nm="2:4"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,6 +23,10 @@ class exact_matmul:
 
 
 _SEEN: ContextVar[list[Tensor] | None] = ContextVar("residuals", default=None)
+
+# (some columns of a matrix, what all of it costs in multiplications, how many columns it has) -> all of it
+Columns = Callable[[Callable[[slice], Tensor], int, int], Tensor]
+_COLUMNS: ContextVar[Columns] = ContextVar("columns", default=lambda some, cost, count: some(slice(0, count)))
 
 
 def cholesky(h: Tensor, what: str = "the Gram matrix") -> Tensor:
@@ -53,6 +57,16 @@ def residuals() -> Iterator[list[Tensor]]:
         _SEEN.reset(token)
 
 
+@contextlib.contextmanager
+def dividing(columns: Columns) -> Iterator[None]:
+    """While open, `masked_solve` with a metric lets `columns` make its products: by several processes."""
+    token = _COLUMNS.set(columns)
+    try:
+        yield
+    finally:
+        _COLUMNS.reset(token)
+
+
 def masked_solve(
     h: Tensor,  # (..., n, n) positive definite
     b: Tensor,  # (..., rows, n)
@@ -75,7 +89,11 @@ def masked_solve(
     over: tuple[int, ...] = (-1,)
     if metric is not None:
         inverse_metric = torch.cholesky_inverse(cholesky(metric, "the output metric"))
-        apply, precondition = (lambda v: metric @ (v @ h)), (lambda v: inverse_metric @ (v @ inverse))
+        columns, n = _COLUMNS.get(), h.shape[-1]
+        cost = b.shape[-2] * n * (b.shape[-2] + n)
+        # a column of M v h needs all of v and one of h, so that processes can share a product though M couples the rows
+        apply = lambda v: columns(lambda c: metric @ (v @ h[..., c]), cost, n)  # noqa: E731
+        precondition = lambda v: columns(lambda c: inverse_metric @ (v @ inverse[..., c]), cost, n)  # noqa: E731
         over, b = (-2, -1), metric @ b
     target = b * m
     w = torch.zeros_like(b) if start is None else start * m

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import allocation, memory, methods, microbatch, offload, permute, ranks, resume, sites, staged, streams, walk
 from .collect import Pair, Target, find_junctions, grams, holding, look_ahead
 from .importance import Key, Metric, importance
-from .linalg import exact_matmul, residuals
+from .linalg import dividing, exact_matmul, residuals
 from .objective import Gram
 from .pattern import Pattern, allocate
 from .window import Window
@@ -507,7 +507,7 @@ class Block:
                 together = Gram.join([g for _, g in group if g is not None], joint)
                 draft = methods.Draft(*(torch.cat(parts, 1) for parts in zip(*drafts, strict=True)))
                 problem = methods.Problem(together.weight, self.patterns[site.name], together)
-                with residuals() as seen:
+                with residuals() as seen, dividing(ranks.columns):
                     new = call("solve", self.recipe.solve, problem, draft).split([s.shape[1] for s, _ in group], 1)
                 return [self.write(s, tensors, g, d, w, seen) for (s, g), d, w in zip(group, drafts, new, strict=True)]
         except ValueError as e:
@@ -580,7 +580,8 @@ def rows_apart(role: dict[str, Any], pattern: Pattern, objective: Any) -> bool:
 
 def divided(kind: str, role: dict[str, Any], problem: methods.Problem, *draft: methods.Draft) -> Any:
     """`call`, each rank working on its rows where they are apart; every rank then holds the result of all."""
-    if ranks.world_size() == 1 or not rows_apart(role, problem.pattern, problem.objective):
+    cost = problem.weight.numel() * problem.weight.shape[-1]
+    if ranks.world_size() == 1 or cost < ranks.WORTH or not rows_apart(role, problem.pattern, problem.objective):
         return call(kind, role, problem, *draft)
     rows = ranks.shares(problem.weight.shape[1])
     first = sum(rows[: ranks.rank()])

@@ -106,6 +106,21 @@ def shares(count: int) -> list[int]:
     return [each + (r < more) for r in range(world_size())]
 
 
+# Multiplications.  Less is done sooner by every rank than it is handed around, and a product of few rows rounds
+# otherwise than one of all, which would leave a trace of the number of ranks.
+WORTH = 2**30
+
+
+def columns(some: Callable[[slice], Tensor], cost: int, count: int) -> Tensor:
+    """A matrix (..., count) of which each rank makes some columns.  cost: multiplications for all of it."""
+    if world_size() == 1 or cost < WORTH or count < world_size():
+        return some(slice(0, count))
+    sizes = shares(count)
+    first = sum(sizes[: rank()])
+    part = some(slice(first, first + sizes[rank()]))
+    return gather_rows(part.movedim(-1, 0), sizes).movedim(0, -1).contiguous()
+
+
 def broadcast(t: Tensor, source: int = 0) -> None:
     """Rank `source`'s values into every rank's `t`, in place."""
     if world_size() == 1:
