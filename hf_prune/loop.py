@@ -305,9 +305,6 @@ def run(
     last = {(s.source, s.conv): s.unit for s in every}  # the last unit that reads an input
     del batches
     whole = len(pairs)
-    if "window" in evidence(recipe) and not all(ranks.gather(whole)):
-        raise ValueError(f"{ranks.world_size()} processes need an image each for this recipe; start fewer, or more "
-                         "--samples.")  # fmt: skip
     dense: dict[str, Tensor] = {}
     lasting = walk.shared(model, chosen.units)
     report: list[dict] = []
@@ -393,9 +390,9 @@ def evidence(recipe: Recipe) -> set[str | None]:
     return {methods.evidence(role["method"]) for role in roles if role}
 
 
-def only_grams(recipe: Recipe) -> bool:
-    """Whether a run reads its images through sums per batch alone."""
-    return evidence(recipe) <= {"gram", None} and not staged.wanted(recipe)
+def by_batches(recipe: Recipe) -> bool:
+    """Whether a run reads its images batch by batch, so that ranks that share out whole batches give the same bits."""
+    return not staged.wanted(recipe)
 
 
 def uses_activations(recipe: Recipe) -> bool:
