@@ -542,7 +542,8 @@ def _keeping(blocks: Path, resumed: bool) -> Iterator[None]:
 
     def kept() -> str:
         count = len(list(blocks.glob("*.safetensors"))) if blocks.is_dir() else 0
-        return f"{count} finished blocks are kept: the same command with --resume goes on after them." if count else ""
+        what = "1 finished block is" if count == 1 else f"{count} finished blocks are"
+        return f"{what} kept: the same command with --resume goes on from there." if count else ""
 
     try:
         yield
@@ -622,7 +623,7 @@ def output_bytes(loaded: Loaded) -> int:
 
 def _images(chosen: Run, args: Mapping[str, Any], state: PartialState) -> ImageSet:
     from .calibration import images
-    from .loop import only_grams
+    from .loop import by_batches
     from .recipe import DATASET
 
     try:
@@ -638,7 +639,7 @@ def _images(chosen: Run, args: Mapping[str, Any], state: PartialState) -> ImageS
             rank=state.process_index,
             world_size=state.num_processes,
             # the same batches whatever the number of processes: then the result is the same, to the bit
-            deal=chosen.recipe.batch_size if only_grams(chosen.recipe) else 1,
+            deal=chosen.recipe.batch_size if by_batches(chosen.recipe) else 1,
         )
     except ValueError as error:
         if chosen.dataset == DATASET and "dataset" not in args:

@@ -187,8 +187,8 @@ def prune(
     model: any nn.Module, its weights in float32 (or float64).  batches: what its forward takes, a tensor or a mapping
     of keyword arguments; of a tuple the first entry is the input and the second its labels, which only `fisher.labels`
     reads.  For fresh images at every stage: a function of the stage's number that returns them.
-    checkpoint: a folder; every finished block is kept there, and a later call with the same model, batches and recipe
-    goes on after the last one, to the same result bit for bit.
+    checkpoint: a folder; every finished block is kept there (of a run in stages, the last stage), and a later call with
+    the same model, batches and recipe goes on after the last one, to the same result bit for bit.
     host_memory, device_memory: what the process may use at most (bytes, or "4GiB"); images and activations beyond it
     wait in a file in the folder `spill`, and fewer images are computed at once.  blocks: stop after that many.
     Raises ValueError, in one sentence, for everything a user can mend.
@@ -232,14 +232,17 @@ def prune(
             else:
                 notes.append(f"permute {recipe.permute} did nothing: only N:M patterns depend on the channels' order.")
         told: list[dict[str, Any]] = []
+        folder = Path(checkpoint) if checkpoint else None
         if staged.wanted(recipe):
 
             def walked(recipe: Recipe, patterns: dict[str, Any]) -> list[dict]:
                 return run(model, batches, recipe, replace(chosen, patterns=patterns), target, lambda event: None, None)
 
-            layers, told = staged.prune(model, list(batches), labels, recipe, chosen.units, tell, walked, draw, notes)
+            saved = resume.Saved(folder, resume.fingerprint(model, batches, recipe)) if folder else None
+            layers, told = staged.prune(
+                model, list(batches), labels, recipe, chosen.units, tell, walked, draw, notes, saved
+            )
         else:
-            folder = Path(checkpoint) if checkpoint else None
             layers = run(model, batches, recipe, chosen, target, tell, folder, store, blocks, micro)
     done = {entry["name"]: entry for entry in layers}
     rows = [done.get(r.name) or dense_entry(r) for r in chosen.plan.rows]
@@ -302,9 +305,6 @@ def run(
     last = {(s.source, s.conv): s.unit for s in every}  # the last unit that reads an input
     del batches
     whole = len(pairs)
-    if "window" in evidence(recipe) and not all(ranks.gather(whole)):
-        raise ValueError(f"{ranks.world_size()} processes need an image each for this recipe; start fewer, or more "
-                         "--samples.")  # fmt: skip
     dense: dict[str, Tensor] = {}
     lasting = walk.shared(model, chosen.units)
     report: list[dict] = []
@@ -390,9 +390,9 @@ def evidence(recipe: Recipe) -> set[str | None]:
     return {methods.evidence(role["method"]) for role in roles if role}
 
 
-def only_grams(recipe: Recipe) -> bool:
-    """Whether a run reads its images through sums per batch alone."""
-    return evidence(recipe) <= {"gram", None} and not staged.wanted(recipe)
+def by_batches(recipe: Recipe) -> bool:
+    """Whether a run reads its images batch by batch, so that ranks that share out whole batches give the same bits."""
+    return not staged.wanted(recipe)
 
 
 def uses_activations(recipe: Recipe) -> bool:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import batchnorm, gradients, methods, ranks
+from . import batchnorm, gradients, methods, ranks, resume
 from .fisher import Fisher
 from .joined import SCHEDULES, Given, Joined, schedule
 from .pattern import Pattern, allocate
@@ -91,7 +91,7 @@ class Mean:
         self.count = 0
 
     def add(self, w: Tensor) -> None:
-        if self.total is not None and torch.equal(self.total != 0, w != 0):
+        if self.total is not None and self.count and torch.equal(self.total != 0, w != 0):
             self.total, self.count = self.total + w.double(), self.count + 1
         else:
             self.total, self.count = w.double(), 1
@@ -120,11 +120,12 @@ def labels_of(batches: list[Any]) -> list[Tensor | None]:
 def prune(
     model: nn.Module, batches: list[Any], labels: list[Tensor | None], recipe: Any, units: list[Any],
     tell: Callable[[dict[str, Any]], None], walk: Callable[[Any, dict[str, Any]], list[dict]],
-    fresh: Callable[[int], Any] | None, notes: list[str],
+    fresh: Callable[[int], Any] | None, notes: list[str], saved: resume.Saved | None = None,
 ) -> tuple[list[dict], list[dict]]:  # fmt: skip
     """All stages of a recipe, in place; returns one entry of the report per site, and one per stage; adds to `notes`.
 
     walk(recipe, patterns): one run of the block walk.  fresh(t): batches of stage t, where the caller has new ones.
+    saved: where the model is kept after each stage, and where a stopped run is taken up.
     """
     check(recipe)
     options = Options(**recipe.fisher)
@@ -136,7 +137,7 @@ def prune(
         given = list(fresh(t))
         return [b[0] if isinstance(b, (tuple, list)) else b for b in given], labels_of(given)
 
-    return stages(run, draw, recipe.seed), run.told
+    return stages(run, draw, recipe.seed, saved), run.told
 
 
 def check(recipe: Any) -> None:
@@ -149,7 +150,9 @@ def check(recipe: Any) -> None:
         raise ValueError("refine works on layer-wise solves; with masks or solves from gradients set it to none.")
 
 
-def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]], seed: int) -> list[dict]:
+def stages(
+    run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]], seed: int, saved: resume.Saved | None = None
+) -> list[dict]:
     recipe, began = run.recipe, time.perf_counter()
     pattern: Pattern = recipe.pattern()
     shapes = [s.shape for s in run.sites]
@@ -159,11 +162,18 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
     dense_outputs: list[Tensor] | None = None
     axes: list[int] | None = None
     mean = Mean()
+    first_stage = 0
     for t, sparsity in enumerate(steps):
+        if t and t < first_stage:
+            continue
         batches, labels = draw(t)
         train, kept_out = hold_out(batches, labels, run.options.held_out if judged(recipe, run.options) else 0.0, seed)
         if kept_out[0] and kept_out[1][0] is None and dense_outputs is None:
-            dense_outputs = outputs(run.model, kept_out[0])
+            dense_outputs = outputs(run.model, kept_out[0])  # of the first stage: the model is still dense
+        if t == 0 and saved:
+            first_stage, entries = taken_up(run, saved, len(steps), mean)
+            if first_stage:
+                continue
         run.tell({"event": "stage", "text": f"stage {t + 1} of {len(steps)}: {100 * sparsity:.4g} % zeros"})
         joined = Joined.of(pattern, shapes, sparsity, run.budgets(pattern, sparsity))
         note = f"stage {t + 1} of {len(steps)}: {100 * sparsity:.4g} % zeros"
@@ -220,7 +230,37 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
         run.notes.append(note + done)
         run.told.append(told)
         del fisher
+        if saved:
+            facts = {"entries": entries, "told": run.told, "notes": run.notes, "averaged": mean.count}
+            saved.add(stage_name(t, len(steps)), state(run, mean), facts)
+            if t:  # the stage before it is not needed any more
+                saved.drop(stage_name(t - 1, len(steps)))
     return finish(run, entries, original, str(pattern), time.perf_counter() - began)
+
+
+def stage_name(t: int, count: int) -> str:
+    return f"stage {t + 1} of {count}"
+
+
+def state(run: Run, mean: Mean) -> dict[str, Tensor]:
+    """Everything that stages change: the model, and the sum of weights that are averaged at the end."""
+    kept: dict[str, Tensor] = dict(run.model.state_dict())
+    if run.options.average:
+        weights = run.weights()
+        mean.total = torch.zeros_like(weights, dtype=torch.float64) if mean.total is None else mean.total
+        mean.dtype = weights.dtype
+        kept["mean of the last stages"] = mean.total
+    return kept
+
+
+def taken_up(run: Run, saved: resume.Saved, count: int, mean: Mean) -> tuple[int, list[dict]]:
+    """Put the last finished stage of a stopped run into the model: (how many are finished, the entries so far)."""
+    for t in reversed(range(count)):
+        facts = saved.restore(stage_name(t, count), state(run, mean))
+        if facts is not None:
+            run.notes[:], run.told[:], mean.count = facts["notes"], facts["told"], facts["averaged"]
+            return t + 1, facts["entries"]
+    return 0, []
 
 
 def judged(recipe: Any, options: Options) -> bool:

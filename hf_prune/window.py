@@ -139,7 +139,7 @@ class Window:
         self.products = 0
         self.last = self.index
         self.stop: int | None = None
-        if self.steps is not None:
+        if self.steps is not None and self.pairs:
             self._reach(self.pairs[0].pruned)
         self.targets: list[list[Tensor]] = []
         for pair in self.pairs:
@@ -151,9 +151,12 @@ class Window:
             self.targets.append([t.detach() for t in here])
         self.weights = [self._weights(pair) for pair in self.pairs]
         self.root = None if self.metric is None else cholesky(self.metric, "the output metric")
-        energy = torch.stack([self._squares(ts, w) for ts, w in zip(self.targets, self.weights, strict=True)]).sum(0)
-        energy = energy.double().cpu()
-        entries = torch.tensor([[float(t.numel()) for t in ts] for ts in self.targets], dtype=torch.float64).sum(0)
+        # a rank without images takes part in the sums, which are wide so that their order leaves no trace
+        terms = max(ranks.gather(len(self.targets[0]) if self.targets else 0))
+        energy, entries = torch.zeros(2, terms, dtype=torch.float64)
+        for ts, w in zip(self.targets, self.weights, strict=True):
+            energy += self._squares(ts, w).double().cpu()
+            entries += torch.tensor([float(t.numel()) for t in ts], dtype=torch.float64)
         ranks.sum_([energy, entries])
         batches = ranks.agree(float(len(self.pairs)))
         self.scale = ((energy if self.relative else entries) / batches).clamp_min(1e-30).tolist()
@@ -194,15 +197,20 @@ class Window:
         return [t for _, _, t in operations.kept[: self.steps + 1]]
 
     def split(self, images: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Minibatches of about `images` images, and for each the batch that judges its step: one it does not hold."""
-        sizes = [max(len(t) for t in ts) for ts in self.targets]
-        per = max(1, round(images / max(1, sizes[0])))
-        order = list(range(len(self.pairs)))
+        """Minibatches of about `images` images, and for each the batch that judges its step: one it does not hold.
+
+        Of all ranks together, as one that held the batches of all in turn would make them; what this rank has of each.
+        """
+        own = max(len(t) for t in self.targets[0]) if self.targets else 0
+        held, sizes = zip(*ranks.gather((len(self.pairs), own)), strict=True)
+        per = max(1, round(images / max(1, next(filter(None, sizes), 1))))
+        order = [(k, r) for k in range(max(held)) for r, count in enumerate(held) if k < count]
         parts = [order[i : i + per] for i in range(0, len(order), per)]
         judges = [[parts[(i + 1) % len(parts)][0]] if len(parts) > 1 else order[-1:] for i in range(len(parts))]
         if len(parts) == 1 and len(order) > 1:
             parts = [order[:-1]]
-        return parts, judges
+        mine = [[[k for k, r in part if r == ranks.rank()] for part in found] for found in (parts, judges)]
+        return mine[0], mine[1]
 
     # -- the flat vector
 
@@ -250,15 +258,15 @@ class Window:
         self.write(w)
         part = range(len(self.pairs)) if part is None else part
         with torch.no_grad():
-            sums = torch.stack([self._loss(self._terms(self.pairs[i].pruned), i).double() for i in part]).sum()
-        return ranks.agree(float(sums)) / ranks.agree(float(len(part)))
+            total = sum(float(self._loss(self._terms(self.pairs[i].pruned), i)) for i in part)
+        return ranks.agree(total) / ranks.agree(float(len(part)))
 
     def gradient(self, w: Tensor, part: Sequence[int] | None = None) -> tuple[float, Tensor]:
         """(value, gradient)."""
         self.write(w)
         part = range(len(self.pairs)) if part is None else part
         ps = [self.named[s.parameter] for s in self.sites]
-        total, flat = 0.0, torch.zeros_like(w)
+        total, flat = 0.0, torch.zeros_like(w, dtype=ranks.wide(w))
         with grad_on(ps):
             for i in part:
                 loss = self._loss(self._terms(self.pairs[i].pruned), i)
@@ -266,7 +274,7 @@ class Window:
                 total += float(loss.detach())
         count = ranks.agree(float(len(part)))
         ranks.sum_([flat])
-        return ranks.agree(total) / count, flat / count
+        return ranks.agree(total) / count, (flat / count).to(w.dtype)
 
     def _loss_of(self, directions: list[Tensor], i: int) -> list[Tensor]:
         """The gradient of the loss at term differences `directions`: what its second derivative makes of them."""
@@ -285,7 +293,7 @@ class Window:
         self.write(w)
         ps = [self.named[s.parameter] for s in self.sites]
         vs = [self._scatter(s, x) for s, x in zip(self.sites, v.split(self.sizes), strict=True)]
-        flat = torch.zeros_like(w)
+        flat = torch.zeros_like(w, dtype=ranks.wide(w))
         step = 3e-3 * float(w.norm() / v.norm().clamp_min(1e-30))
         with grad_on(ps):
             for i in part:
@@ -316,7 +324,7 @@ class Window:
                 outs, heads = [terms[k] for k in live], [form[k] for k in live]
                 flat += self._flat(torch.autograd.grad(outs, ps, heads, allow_unused=True))
         ranks.sum_([flat])
-        return flat / ranks.agree(float(len(part)))
+        return (flat / ranks.agree(float(len(part)))).to(w.dtype)
 
     def _scatter(self, site: Site, part: Tensor) -> Tensor:
         """A canonical vector as a tensor shaped like the stored parameter, zero outside the site's rows."""

@@ -10,7 +10,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import hf_prune
-from hf_prune import assets, staged
+from hf_prune import assets, loop, staged
+from hf_prune import recipe as recipes
 from hf_prune.fisher import Fisher
 from hf_prune.joined import Joined, schedule
 from hf_prune.methods import Draft, Problem, cbs, chita, mfac, obc, sparsegpt, woodfisher
@@ -484,3 +485,38 @@ def test_rows_are_shared_as_evenly_as_the_images_allow(monkeypatch):
 def test_the_draft_is_zero_off_the_mask():
     draft = chita.select(problem(), ridge=0.1)
     assert isinstance(draft, Draft) and bool((draft.weight[~draft.mask] == 0).all())
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"recipe": "chita-plus-plus", "fisher": {"average": 0.7, "dwell": 0.5}, "batchnorm": "renew"},
+        {"recipe": {"mask": "obs", "solve": "least_squares"}, "batchnorm": "auto"},
+        {"recipe": "chita", "permute": "none"},
+    ],
+    ids=["averaged", "layer-wise", "ridges"],
+)
+def test_a_run_in_stages_that_stops_goes_on_to_the_same_bits(keys, tmp_path):
+    recipe, keys = keys.pop("recipe"), {"stages": 4, "sparsity": 0.7, **keys}
+    whole = net()
+    chosen = recipes.load(recipe, **keys)
+    reference = loop.prune(whole, data(), chosen)
+    for stopped in (2, 4, 5):  # before that stage; 5: after all of them
+
+        def tell(event, stopped=stopped):
+            last = stopped == 5 and event["event"] == "layer"
+            if last or event.get("text", "").startswith(f"stage {stopped} of 4"):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            loop.prune(net(), data(), chosen, progress=tell, checkpoint=tmp_path / str(stopped))
+        assert len(list((tmp_path / str(stopped)).glob("*.safetensors"))) == 1, "only the last stage is kept"
+        model, seen = net(), []
+        note = lambda e, s=seen: s.append(e.get("text", ""))  # noqa: E731
+        report = loop.prune(model, data(), chosen, progress=note, checkpoint=tmp_path / str(stopped))
+        assert sum(text.startswith("stage") for text in seen) == 5 - stopped
+        for name, t in whole.state_dict().items():
+            assert torch.equal(t, model.state_dict()[name]), f"stopped before stage {stopped}: {name}"
+        assert len(report.notes) == len(reference.notes) and [s["sparsity"] for s in report.stages] == [
+            s["sparsity"] for s in reference.stages
+        ]

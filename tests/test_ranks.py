@@ -127,10 +127,30 @@ def test_rows_are_divided_where_that_is_worth_it(recipe):
         assert torch.equal(w != 0, other != 0) and torch.allclose(w, other, rtol=1e-3, atol=1e-5), name
 
 
-def test_a_window_needs_an_image_on_every_rank_and_all_say_so():
-    recipe = Recipe(nm="2:4", mask={"method": "magnitude"}, solve={"method": "snows", "k": 1, "cg": 2})
-    found = run(3, lambda r, s: prune(network(), images(2)[r::s], recipe))
-    assert all("3 processes need an image each" in str(e) for e in found.values()) and len(found) == 3
+KSTEP = {"method": "snows", "k": 1, "cg": 3, "images": 2, "passes": 2}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(nm="2:4", mask={"method": "magnitude"}, solve=KSTEP),
+        Recipe(nm="2:4", refine={"method": "snows", "cg": 2, "images": 2}),
+    ],
+    ids=["K-step", "refine"],
+)
+@pytest.mark.parametrize("size, count", [(2, 5), (3, 4), (3, 2)], ids=["uneven", "three", "fewer images than ranks"])
+def test_windows_have_the_minibatches_of_one_process(recipe, size, count):
+    def work(rank, size):
+        model = network()
+        prune(model, images(count)[rank::size], recipe)
+        return {k: v.numpy() for k, v in model.state_dict().items()}
+
+    found = run(size, work)
+    assert not [v for v in found.values() if isinstance(v, Exception)], found
+    alone = network()
+    prune(alone, images(count), recipe)
+    for name, w in alone.state_dict().items():
+        assert all(torch.equal(w, torch.from_numpy(found[r][name])) for r in range(size)), name
 
 
 def test_a_rank_that_dies_ends_the_others_with_a_message():

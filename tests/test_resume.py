@@ -224,7 +224,7 @@ def test_sigterm_keeps_the_blocks_and_says_so(place, tmp_path):
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert answer.returncode == 143, answer.stderr
     last = answer.stderr.strip().splitlines()[-1]
-    assert last.startswith("hf-prune: stopped by SIGTERM; no output folder was written. 1 finished blocks are kept")
+    assert last.startswith("hf-prune: stopped by SIGTERM; no output folder was written. 1 finished block is kept")
     assert "Traceback" not in answer.stderr and time.time() - began < 120
 
 

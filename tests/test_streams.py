@@ -156,7 +156,7 @@ def test_out_of_memory_halves_the_images_and_goes_on(place, monkeypatch):
         from hf_prune.walk import Walk
 
         monkeypatch.setattr(
-            Walk, "advance", failing(Walk.advance, lambda n, w, i, e: len(load(e["call"][0][0])) > 2 and n > 1)
+            Walk, "advance", failing(Walk.advance, lambda n, w, i, e, *out: len(load(e["call"][0][0])) > 2 and n > 1)
         )
     else:
         from hf_prune.window import Window
