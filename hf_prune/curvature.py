@@ -310,7 +310,7 @@ class Task:
         return torch.cat(parts)
 
     def _scatter(self, v: Tensor) -> list[Tensor]:
-        """A flat vector as tensors shaped like the stored parameters, zero where no site is; good until the next call."""
+        """A flat vector shaped like the stored parameters, zero where no site is; good until the next call."""
         if not self._places:
             self._places = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.stored.items()}
         for s, part in zip(self.sites, self.split(v), strict=True):

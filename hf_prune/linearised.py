@@ -2,9 +2,9 @@
 
 A Gauss-Newton product sees the network as linear in its weights around the present ones: J v, then Jᵀ u.  J v is the
 derivative of Jᵀ u with respect to u, and torch takes it by its general second derivatives, which also hold everything
-that depends on the layer's input.  None of that is needed here.  Under `linear()`, norms and elementwise
-activations keep their derivative at the present input and apply it in one or two operations each way.  What comes out is the
-same matrix; the exact Hessian does need the rest and is taken without this mode.
+that depends on the layer's input.  None of that is needed here.  Under `linear()`, norms and elementwise activations
+keep their derivative at the present input and apply it in one or two operations each way.  What comes out is the same
+matrix; the exact Hessian does need the rest and is taken without this mode.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class _Slope(torch.autograd.Function):
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight)
         ctx.shape = shape

@@ -232,14 +232,16 @@ def prune(
             else:
                 notes.append(f"permute {recipe.permute} did nothing: only N:M patterns depend on the channels' order.")
         told: list[dict[str, Any]] = []
+        folder = Path(checkpoint) if checkpoint else None
         if staged.wanted(recipe):
 
             def walked(recipe: Recipe, patterns: dict[str, Any]) -> list[dict]:
                 return run(model, batches, recipe, replace(chosen, patterns=patterns), target, lambda event: None, None)
 
-            layers, told = staged.prune(model, list(batches), labels, recipe, chosen.units, tell, walked, draw, notes)
+            saved = resume.Saved(folder, resume.fingerprint(model, batches, recipe)) if folder else None
+            every = list(batches)
+            layers, told = staged.prune(model, every, labels, recipe, chosen.units, tell, walked, draw, notes, saved)
         else:
-            folder = Path(checkpoint) if checkpoint else None
             layers = run(model, batches, recipe, chosen, target, tell, folder, store, blocks, micro)
     done = {entry["name"]: entry for entry in layers}
     rows = [done.get(r.name) or dense_entry(r) for r in chosen.plan.rows]

@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import batchnorm, gradients, methods, ranks
+from . import batchnorm, gradients, methods, ranks, resume
 from .fisher import Fisher
 from .joined import SCHEDULES, Given, Joined, schedule
 from .pattern import Pattern, allocate
 from .sites import Site, _tensors, feed, parameters, quiet
+
+STAGES, TOTAL = "stages", "sum of the averaged weights"  # names in the file of a run that may be killed
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Options(gradients.Rows):
     `batchnorm: auto`.  first_stage, halvings, dwell: of the way through several stages, see joined.schedule.
     average: share of the stages, at the end, whose weights are averaged once the support stands still; with the
     first-order term each stage is a noisy step, and the mean of many is a better point than the last.
+
+    first_order: with a row's gradient a_i and e_i = 1 / minibatch (true), a stage asks every row for the same fall of
+    its loss, which a network that fits its images does not have; ever larger steps follow.  With e_i the row's own mean
+    loss (loss), a_i · (w - w̄) + e_i is that loss, linearised, and a stage is one Gauss-Newton step on the sum of the
+    rows' squared losses: it asks for no more than there is.
     """
 
     ridges: tuple[float, ...] | list[float] = ()
@@ -95,11 +102,14 @@ class Mean:
             self.total, self.count = self.total + w.double(), self.count + 1
         else:
             self.total, self.count = w.double(), 1
-        self.dtype = w.dtype
+
+    def filled(self, run: Run) -> Tensor:
+        """The sum so far, (p,) float64; zeros before the first."""
+        return torch.zeros_like(run.weights(), dtype=torch.float64) if self.total is None else self.total
 
     def value(self) -> Tensor:
         assert self.total is not None
-        return (self.total / self.count).to(self.dtype)
+        return self.total / self.count
 
 
 def roles(recipe: Any) -> tuple[str | None, str | None, str | None]:
@@ -120,11 +130,12 @@ def labels_of(batches: list[Any]) -> list[Tensor | None]:
 def prune(
     model: nn.Module, batches: list[Any], labels: list[Tensor | None], recipe: Any, units: list[Any],
     tell: Callable[[dict[str, Any]], None], walk: Callable[[Any, dict[str, Any]], list[dict]],
-    fresh: Callable[[int], Any] | None, notes: list[str],
+    fresh: Callable[[int], Any] | None, notes: list[str], saved: resume.Saved | None = None,
 ) -> tuple[list[dict], list[dict]]:  # fmt: skip
     """All stages of a recipe, in place; returns one entry of the report per site, and one per stage; adds to `notes`.
 
-    walk(recipe, patterns): one run of the block walk.  fresh(t): batches of stage t, where the caller has new ones.
+    walk(recipe, patterns): one run of the block walk.  fresh(t): batches of stage t, where the caller has new ones, a
+    function of t alone.  saved: keeps the weights after every stage, and gives them back to a run that was killed.
     """
     check(recipe)
     options = Options(**recipe.fisher)
@@ -136,7 +147,7 @@ def prune(
         given = list(fresh(t))
         return [b[0] if isinstance(b, (tuple, list)) else b for b in given], labels_of(given)
 
-    return stages(run, draw, recipe.seed), run.told
+    return stages(run, draw, recipe.seed, saved), run.told
 
 
 def check(recipe: Any) -> None:
@@ -149,7 +160,9 @@ def check(recipe: Any) -> None:
         raise ValueError("refine works on layer-wise solves; with masks or solves from gradients set it to none.")
 
 
-def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]], seed: int) -> list[dict]:
+def stages(
+    run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]], seed: int, saved: resume.Saved | None
+) -> list[dict]:
     recipe, began = run.recipe, time.perf_counter()
     pattern: Pattern = recipe.pattern()
     shapes = [s.shape for s in run.sites]
@@ -158,12 +171,19 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
     entries: list[dict] = []
     dense_outputs: list[Tensor] | None = None
     axes: list[int] | None = None
-    mean = Mean()
+    mean, done_before = Mean(), 0
     for t, sparsity in enumerate(steps):
+        if 0 < t < done_before:
+            continue
         batches, labels = draw(t)
         train, kept_out = hold_out(batches, labels, run.options.held_out if judged(recipe, run.options) else 0.0, seed)
         if kept_out[0] and kept_out[1][0] is None and dense_outputs is None:
             dense_outputs = outputs(run.model, kept_out[0])
+        if t == 0 and saved:
+            done_before, entries = restore(run, saved, mean)
+            if done_before:
+                run.tell({"event": "stage", "text": f"going on after stage {done_before} of {len(steps)}"})
+                continue
         run.tell({"event": "stage", "text": f"stage {t + 1} of {len(steps)}: {100 * sparsity:.4g} % zeros"})
         joined = Joined.of(pattern, shapes, sparsity, run.budgets(pattern, sparsity))
         note = f"stage {t + 1} of {len(steps)}: {100 * sparsity:.4g} % zeros"
@@ -175,13 +195,16 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
             sizes = shares(train[0], run.options)
             mine = replace(run.options, rows=sizes[ranks.rank()])
             order = shuffle(train, mine, seed + t)
-            grads, kind = gradients.per_row(run.model, run.sites, *order, mine, seed=seed + t, axes=axes)
+            losses = torch.zeros(sizes[ranks.rank()], dtype=torch.float64)
+            grads, kind = gradients.per_row(run.model, run.sites, *order, mine, seed=seed + t, axes=axes, losses=losses)
             first = run.options.first_order
             if first and kind != "true":
                 raise ValueError(f"fisher.first_order: {kind} labels have none; it needs labelled images.")
             if first is None:
                 first = kind == "true" and run.options.minibatch > 1
-            scale = 1 / run.options.minibatch if first else 0.0
+            scale: float | Tensor = 1 / run.options.minibatch if first else 0.0
+            if first == "loss":
+                scale = ranks.gather_rows(losses, sizes).to(grads.device)
             fisher = Fisher(
                 grads, run.weights(), [s.numel for s in run.sites], scale, total=_summed, n=sum(sizes),
                 rows=partial(ranks.gather_rows, sizes=sizes), start=sum(sizes[: ranks.rank()]),
@@ -189,7 +212,7 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
             spent = time.perf_counter() - clock
             note += f", {fisher.n} gradients of {run.options.minibatch} images, {kind} labels, {spent:.1f} s"
             told |= {"rows": fisher.n, "minibatch": run.options.minibatch, "labels": kind,
-                     "first_order": bool(first), "gradient_seconds": spent,
+                     "first_order": first or False, "gradient_seconds": spent,
                      "gradient_cpu_seconds": time.process_time() - busy, "ridge": ridge_of(recipe)}  # fmt: skip
         clock, busy = time.perf_counter(), time.process_time()
         current = run.weights()
@@ -201,10 +224,10 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
             if len(ridges) > 1:
                 tried.append((held_loss(run.model, kept_out, dense_outputs), ridge, run.weights()))
         if tried:
-            losses = ", ".join(f"{r:g}: {v:.4f}" for v, r, _ in tried)
+            shown = ", ".join(f"{r:g}: {v:.4f}" for v, r, _ in tried)
             best = min((x for x in tried if x[0] == x[0]), key=lambda x: x[0])
             run.write(best[2])
-            note += f", ridge {best[1]:g} by held-out loss ({losses})"
+            note += f", ridge {best[1]:g} by held-out loss ({shown})"
             told |= {"ridge": best[1], "held_out_loss": best[0], "ridges": {f"{r:g}": v for v, r, _ in tried}}
         told["solve_seconds"] = time.perf_counter() - clock
         told["solve_cpu_seconds"] = time.process_time() - busy
@@ -212,7 +235,7 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
         if len(steps) - t <= run.options.average * len(steps):
             mean.add(run.weights())
             if t + 1 == len(steps) and mean.count > 1:
-                run.write(mean.value())
+                run.write(mean.value().to(current.dtype))
                 note += f", weights averaged over the last {mean.count} stages"
                 told["averaged"] = mean.count
         done = settle_norms(run.model, recipe.batchnorm, train[0], kept_out, dense_outputs)
@@ -220,7 +243,34 @@ def stages(run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]
         run.notes.append(note + done)
         run.told.append(told)
         del fisher
+        if saved:
+            keep(run, saved, mean, t + 1, entries)
     return finish(run, entries, original, str(pattern), time.perf_counter() - began)
+
+
+# ------------------------------------------------------------------------------------------ a run that was killed
+def state(run: Run) -> dict[str, Tensor]:
+    """What a stage changes in the model: the weights of the sites and the statistics of batch norms."""
+    norms = {id(t) for m in batchnorm.norms(run.model) for t in m.buffers()}
+    buffers = {name: t for name, t in run.model.named_buffers() if id(t) in norms}
+    return {s.parameter: parameters(run.model)[s.parameter] for s in run.sites} | buffers
+
+
+def keep(run: Run, saved: resume.Saved, mean: Mean, done: int, entries: list[dict]) -> None:
+    """One file, written anew after every stage; `done` of them are finished."""
+    facts = {"done": done, "count": mean.count, "entries": entries, "told": run.told, "notes": run.notes}
+    saved.add(STAGES, state(run) | {TOTAL: mean.filled(run)}, facts)
+
+
+def restore(run: Run, saved: resume.Saved, mean: Mean) -> tuple[int, list[dict]]:
+    """(stages that an earlier run has finished, its entries); the model, the mean and the report are as they were."""
+    total = mean.filled(run)
+    facts = saved.restore(STAGES, state(run) | {TOTAL: total})
+    if facts is None:
+        return 0, []
+    mean.count, mean.total = facts["count"], total if facts["count"] else None
+    run.told[:], run.notes[:] = facts["told"], facts["notes"]
+    return facts["done"], facts["entries"]
 
 
 def judged(recipe: Any, options: Options) -> bool:
