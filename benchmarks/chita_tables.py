@@ -78,6 +78,8 @@ def mlpnet() -> dict[str, Any]:
         "CHITA, n = 5000": {"mask": {**chita, "ridge": 1e-4}, "solve": "none", "fisher": {"rows": 5000, **ONE}},
         "CHITA, removal costs": {"mask": {**chita, "ridge": 1e-4, "support": "cost", "rounds": 6}, "solve": "none",
                                  "fisher": one},
+        "CHITA, removal costs, LAMP": {"mask": {**chita, "ridge": 1e-4, "support": "cost", "rounds": 4},
+                                       "solve": "none", "allocation": "lamp", "fisher": one},
         "CHITA mask + least squares": {"mask": chita, "solve": "least_squares", "fisher": one},
         "CHITA++ 60": {"mask": chita, "solve": "none", "fisher": slow, "stages": 60, "augment": warp},
         "CHITA++ 60, removal costs": {"mask": {**chita, "support": "cost", "rounds": 1}, "solve": "none",
@@ -100,8 +102,8 @@ def resnet20() -> dict[str, Any]:
         "CHITA": {"mask": {**chita, "ridge": 1e-4}, "solve": "none", "fisher": one},
         "CHITA, BN": {"mask": chita, "solve": "none", "fisher": one, **renew},
         "CHITA mask + least squares, BN": {"mask": chita, "solve": "least_squares", "fisher": one, **renew},
-        "CHITA++ 40, BN": {"mask": {"method": "chita", "ridge": 1e-4}, "solve": "none", "stages": 40, **renew,
-                           "samples": 480, "last": 2000, "fisher": slow},
+        **{f"CHITA++ {stages}, BN": {"mask": {"method": "chita", "ridge": 1e-4}, "solve": "none", "stages": stages,
+                                     **renew, "samples": 480, "last": 2000, "fisher": slow} for stages in (40, 80)},
     }  # fmt: skip
 
 

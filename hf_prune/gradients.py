@@ -294,8 +294,8 @@ def per_row(
     """(A, kind of labels used): A (n, p) float32, row r the mean gradient of `options.minibatch` images, p the weights
     of `found` one after another, each flattened in its canonical order.
 
-    labels: one tensor of class indices per batch, or None.  losses: (n,) to be filled with the mean cross-entropy of the
-    images of each row, where `labels` are true.  Raises ValueError where there are too few images.
+    labels: one tensor of class indices per batch, or None.  losses: (n,) to be filled with the mean cross-entropy of
+    the images of each row, where `labels` are true.  Raises ValueError where there are too few images.
     """
     images = sum(len(_first(b)) for b in batches)
     n = images // options.minibatch if options.rows is None else options.rows
