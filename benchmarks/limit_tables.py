@@ -4,9 +4,10 @@
     python benchmarks/limit_tables.py mlpnet        # MLPNet on MNIST
     python benchmarks/limit_tables.py vit           # ViT-Tiny on ImageNet images, with 2:4
     python benchmarks/limit_tables.py cost          # what a curvature product costs
+    python benchmarks/limit_tables.py growth        # how the cost grows with images, steps and probes on ViT-Tiny
     python benchmarks/limit_tables.py docs          # write the results into docs/limit.md
 
-Each of the first four writes benchmarks/results/limit_<name>.json.  MLPNet, ViT-Tiny and their images are looked for in
+Each but the last writes benchmarks/results/limit_<name>.json.  MLPNet, ViT-Tiny and their images are looked for in
 ../shared/data and are no part of the project.  The digits are scikit-learn's.
 """
 
@@ -283,7 +284,6 @@ def cost(args: argparse.Namespace) -> None:
         "MLPNet, 1024 images": (loaders.mnist_mlpnet(), paired(x[:1024], y[:1024], 1024)),
         "ResNet20, 64 images": (loaders.chita_resnet20(), paired(cx[:64], cy[:64], 64)),
         "ViT-Tiny, 4 images": (loaders.vit_tiny_timm(), [noise[:4]]),
-        "ViT-Tiny, 8 images": (loaders.vit_tiny_timm(), [noise[:4], noise[4:8]]),
     }
     out = []
     for name, (model, batches) in tasks.items():
@@ -303,14 +303,77 @@ def cost(args: argparse.Namespace) -> None:
                     best = min(best, time.process_time() - began)
                 row = {"net": name, "matrix": kind, "graph": "kept" if memory else "rebuilt", "seconds": best,
                        "operations": counter.get_total_flops(), "first": first.get_total_flops(), "speed": speed,
-                       "ratio": best * speed / counter.get_total_flops()}  # fmt: skip
+                       "ratio": best * speed / counter.get_total_flops(),
+                       "in_products": in_products(lambda v=v, k=kind, t=task: t.product(v, k))}  # fmt: skip
                 print(row, flush=True)
                 out.append(row)
             task.forget()
         save("cost", out)
 
 
+def in_products(work: Any) -> float:
+    """Share of the time of `work` inside matrix products and convolutions."""
+    kinds = ("mm", "bmm", "addmm", "baddbmm", "mkldnn_convolution", "convolution_backward", "mkldnn_linear")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    seconds = {e.key: e.self_cpu_time_total for e in profile.key_averages()}
+    return sum(seconds.get(f"aten::{kind}", 0) for kind in kinds) / sum(seconds.values())
+
+
+def growth(args: argparse.Namespace) -> None:
+    """CPU seconds of Lanczos runs with the Gauss-Newton matrix of ViT-Tiny, and the exponents of their growth."""
+    need_data()
+    import loaders
+
+    from hf_prune.spectrum import Lanczos, probe
+
+    model = loaders.vit_tiny_timm()
+    noise = torch.randn(16, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    told: list[dict[str, Any]] = []
+
+    def run(images: int, steps: int, probes: int, task: Any) -> None:
+        best = math.inf
+        for _ in range(2):
+            began = time.process_time()
+            for number in range(probes):
+                lanczos = Lanczos(lambda v: task.product(v, "gauss-newton"), probe(len(task.weights), 0, number,
+                                  task.weights.dtype, "cpu"), basis=False)  # fmt: skip
+                for _ in range(steps):
+                    lanczos.step()
+            best = min(best, time.process_time() - began)
+        told.append({"images": images, "steps": steps, "probes": probes, "seconds": best})
+        print(told[-1], flush=True)
+
+    for images in (4, 8, 16):
+        task = limit.task_of(model, list(noise[:images].split(4)), loop.Recipe(), 8 * 2**30)
+        task.product(torch.ones_like(task.weights), "gauss-newton")  # the graphs are built and kept
+        run(images, 2, 1, task)
+        if images == 4:
+            for steps, probes in ((4, 1), (8, 1), (2, 2), (2, 4)):
+                run(images, steps, probes, task)
+        task.forget()
+    save("growth", told)
+
+
 # --------------------------------------------------------------------------------------------------------------- docs
+def growth_table(told: list[dict[str, Any]]) -> list[str]:
+    """The three exponents by least squares in logarithms, and what they give for the large cell."""
+    keys = ("images", "steps", "probes")
+    a = torch.tensor([[1.0, *(math.log(row[k]) for k in keys)] for row in told], dtype=torch.float64)
+    b = torch.tensor([[math.log(row["seconds"])] for row in told], dtype=torch.float64)
+    fit = torch.linalg.lstsq(a, b).solution[:, 0].tolist()
+    out = head("images", "Lanczos steps", "probes", "CPU s", "CPU s per image and product")
+    for row in told:
+        each = row["seconds"] / (row["images"] * row["steps"] * row["probes"])
+        out.append(line(*(row[k] for k in keys), f"{row['seconds']:.2f}", f"{each:.3f}"))
+    large = math.exp(fit[0] + sum(e * math.log(n) for e, n in zip(fit[1:], (64, 32, 16), strict=True)))
+    most = max(row["seconds"] / (row["images"] * row["steps"] * row["probes"]) for row in told) * 64 * 32 * 16
+    powers = ", ".join(f"{k}^{e:.2f}" for k, e in zip(keys, fit[1:], strict=True))
+    said = (f"64 images at 16 probes x 32 steps would take {large / 60:.0f} minutes by the fit, {most / 60:.0f} by the "
+            "dearest row times the counts; one thread, the Gauss-Newton matrix alone.")  # fmt: skip
+    return [*out, "", f"Fitted: {powers}. **Extrapolated, not run**: {said}"]
+
+
 def line(*cells: Any) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -401,17 +464,19 @@ def vit_tables(told: dict[str, Any]) -> list[str]:
 
 def cost_table(told: list[dict[str, Any]]) -> list[str]:
     out = head("network and images", "matrix", "graph", "Gflop", "CPU s", "Gflop/s of a matmul",
-               "times the operations' own time")  # fmt: skip
+               "times the operations' own time", "time inside products")  # fmt: skip
     for row in told:
         out.append(line(row["net"], row["matrix"], row["graph"], f"{row['operations'] / 1e9:.3g}",
-                        f"{row['seconds']:.3g}", f"{row['speed'] / 1e9:.0f}", f"{row['ratio']:.2f}"))  # fmt: skip
+                        f"{row['seconds']:.3g}", f"{row['speed'] / 1e9:.0f}", f"{row['ratio']:.2f}",
+                        f"{100 * row['in_products']:.0f} %" if "in_products" in row else ""))  # fmt: skip
     return out
 
 
 def docs(args: argparse.Namespace) -> None:
     """Replace what stands between the markers of docs/limit.md by the tables of the results that are there."""
     text = DOCS.read_text()
-    for name, make in (("digits", digits_table), ("mlpnet", mlpnet_tables), ("vit", vit_tables), ("cost", cost_table)):
+    for name, make in (("digits", digits_table), ("mlpnet", mlpnet_tables), ("vit", vit_tables), ("cost", cost_table),
+                       ("growth", growth_table)):  # fmt: skip
         path = RESULTS / f"limit_{name}.json"
         start, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
         before, _, rest = text.partition(start)
@@ -423,7 +488,7 @@ def docs(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("digits", "mlpnet", "vit", "cost", "docs"))
+    parser.add_argument("what", choices=("digits", "mlpnet", "vit", "cost", "growth", "docs"))
     parser.add_argument("--l1", type=float, nargs="*", default=[0.0, 3e-3])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--net", default="", help="only nets of the digits whose name starts so")

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from . import ranks
 from .gradients import has_logits, logits_of
 from .importance import _directions
+from .linearised import linear
 from .sites import Site, feed, parameters, quiet
 from .window import grad_on
 
@@ -138,6 +139,7 @@ class Task:
         self.products = 0
         self._graphs: dict[tuple[str, int], Callable[..., Any]] = {}
         self._room: dict[str, int] = {}  # batches whose graphs fit
+        self._places: dict[str, Tensor] = {}
 
     def read(self) -> Tensor:
         return torch.cat([s.read(self.stored[s.parameter]).flatten() for s in self.sites])
@@ -171,7 +173,7 @@ class Task:
         total = torch.zeros_like(self.weights)
         with self._on() as ps:
             for i in range(len(self.images.batches)):
-                total += self._flat(torch.autograd.grad(self._sum(i), ps, allow_unused=True))
+                self._add(total, torch.autograd.grad(self._sum(i), ps, allow_unused=True))
         return self._mean(total)
 
     def product(self, v: Tensor, kind: str) -> Tensor:
@@ -182,7 +184,7 @@ class Task:
         total = torch.zeros_like(v)
         with self._on():
             for i in range(len(self.images.batches)):
-                total += self._flat(self._graph(kind, i)(vs))
+                self._add(total, self._graph(kind, i)(vs))
         return self._mean(total)
 
     def form(self, v: Tensor) -> float:
@@ -268,7 +270,8 @@ class Task:
 
     def _gauss_newton(self, i: int) -> Callable[..., Any]:
         ps = list(self.stored.values())
-        z = self._outputs(i)
+        with linear():
+            z = self._outputs(i)
         seed = torch.zeros_like(z, requires_grad=True)
         # Jᵀ seed is linear in the seed: its derivative with respect to the seed, applied to v, is J v
         pulled = torch.autograd.grad(z, ps, seed, create_graph=True, allow_unused=True)
@@ -288,7 +291,15 @@ class Task:
 
     def _mean(self, total: Tensor) -> Tensor:
         ranks.sum_([total])
-        return total / self.total
+        return total.div_(self.total)
+
+    def _add(self, total: Tensor, grads: Sequence[Tensor | None]) -> None:
+        """`_flat` added to `total`, without a vector (D,) in between."""
+        by_name = dict(zip(self.stored, grads, strict=True))
+        for s, part in zip(self.sites, self.split(total), strict=True):
+            g = by_name[s.parameter]
+            if g is not None:
+                part.view(s.shape).add_(s.canonical(g))
 
     def _flat(self, grads: Sequence[Tensor | None]) -> Tensor:
         by_name = dict(zip(self.stored, grads, strict=True))
@@ -299,11 +310,12 @@ class Task:
         return torch.cat(parts)
 
     def _scatter(self, v: Tensor) -> list[Tensor]:
-        """A flat vector as tensors shaped like the stored parameters, zero where no site is."""
-        out = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.stored.items()}
+        """A flat vector shaped like the stored parameters, zero where no site is; good until the next call."""
+        if not self._places:
+            self._places = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.stored.items()}
         for s, part in zip(self.sites, self.split(v), strict=True):
-            s.write(out[s.parameter], part.view(s.shape))
-        return list(out.values())
+            s.place(self._places[s.parameter], part.view(s.shape))
+        return list(self._places.values())
 
 
 class NoSecondDerivative(Exception):

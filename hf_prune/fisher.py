@@ -28,7 +28,7 @@ class Fisher:
     grads: Tensor  # A (n, p), or this process's share of its rows
     weight: Tensor  # w̄ (p,)
     sizes: list[int] = field(default_factory=list)  # weights per layer; empty: one layer
-    first: float = 0.0  # e = first in every row; 0 leaves the first-order term out (the OBS assumption)
+    first: float | Tensor = 0.0  # e, the same in every row or (n,); 0 leaves the first-order term out (OBS assumption)
     ridge: float = 1e-3  # λ
     rows: Callable[[Tensor], Tensor] = lambda part: part  # (share of n, ...) -> (n, ...), the shares of all processes
     total: Callable[[Tensor], Tensor] = lambda part: part  # the sum of a tensor over all processes
@@ -113,7 +113,7 @@ class Fisher:
         weight, mask_ = self.weight[where], mask[where]
         removed = weight * ~mask_
         kept = int(mask_.sum())
-        if kept == 0 or not bool(removed.any() or self.first):
+        if kept == 0 or not bool(removed.any() or torch.as_tensor(self.first).any()):
             return weight * mask_
         target = self.times(removed, where).double() - self.first
         if kept < self.n:  # fewer weights than rows: the primal system is smaller

@@ -37,12 +37,13 @@ class Rows:
     (a random projection of the Jacobian of the outputs, whose mean is the Gauss-Newton matrix); `auto` takes the true
     labels where the calibration images have them and samples otherwise.  first_order: keep the gradient term of the
     loss; None keeps it where a row is the mean of several true-label gradients, since a single one is mostly noise.
+    `loss`: every row asks for its own loss back instead of the same fall 1 / minibatch from all, see staged.py.
     """
 
     rows: int | None = None
     minibatch: int = 1
     labels: str = "auto"
-    first_order: bool | None = None
+    first_order: bool | str | None = None
     memory: float = 0.125  # GiB that inputs and output gradients of one chunk may take
     spill: float = 4.0  # GiB of gradients beyond which they are kept in a temporary file instead of memory
     dtype: str = "float32"  # of the forward and backward; the gradients are stored and used in float32 either way
@@ -52,6 +53,8 @@ class Rows:
             raise ValueError(f"fisher.labels {self.labels}: choose one of {', '.join(LABELS)}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"fisher.dtype {self.dtype}: choose one of {', '.join(DTYPES)}.")
+        if self.first_order not in (None, True, False, "loss"):
+            raise ValueError(f"fisher.first_order {self.first_order}: choose one of true, false, loss, null.")
         if self.minibatch < 1 or (self.rows is not None and self.rows < 2):
             raise ValueError(f"fisher: 2 rows of 1 image are the least, found {self.rows} of {self.minibatch}.")
 
@@ -286,11 +289,13 @@ def per_row(
     *,
     seed: int,
     axes: list[int] | None = None,
+    losses: Tensor | None = None,
 ) -> tuple[Tensor, str]:
     """(A, kind of labels used): A (n, p) float32, row r the mean gradient of `options.minibatch` images, p the weights
     of `found` one after another, each flattened in its canonical order.
 
-    labels: one tensor of class indices per batch, or None.  Raises ValueError where there are too few images.
+    labels: one tensor of class indices per batch, or None.  losses: (n,) to be filled with the mean cross-entropy of
+    the images of each row, where `labels` are true.  Raises ValueError where there are too few images.
     """
     images = sum(len(_first(b)) for b in batches)
     n = images // options.minibatch if options.rows is None else options.rows
@@ -343,6 +348,10 @@ def per_row(
                     watch.hook()
                 kind = resolve_labels(options.labels, known, out)
                 dz = cotangent(z.detach(), kind, known, generator)
+                if losses is not None and kind == "true":
+                    assert known is not None
+                    each = F.cross_entropy(z.detach().float(), known.to(z.device), reduction="none")
+                    losses[row : row + rows] = each.view(rows, -1).mean(1).to(losses)
                 wanted = [t for t in sites._tensors(leaves) if t.requires_grad]
                 torch.autograd.grad(z, wanted, (dz / options.minibatch).to(z))
             if not watch.spoiled:

@@ -164,7 +164,7 @@ def _influence(
                     g = torch.zeros_like(outputs[k])
                 rows = (g.movedim(1, -1) if sites[k].conv is not None else g).flatten(0, -2)
                 rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-                influence[k] = influence.get(k, 0) + rows.square().sum(-1)
+                influence[k] = influence.get(k, 0) + torch.linalg.vector_norm(rows, dim=-1).square()
                 if sites[k].shape[0] == 1:
                     together.setdefault((sites[k].source, sites[k].conv), {})[sites[k].name] = rows
             if strong is not None:
@@ -190,13 +190,13 @@ def _places(parts: dict[str, Tensor]) -> dict[str, slice]:
 
 def strongest(parts: dict[str, Tensor], images: int) -> Tensor:
     """The gradients (samples, out) at the outputs of the layers of one input that count in their second moment."""
-    joined = torch.cat(list(parts.values()), dim=1)
-    if len(joined) % images == 0 and len(joined) > STRONG * images:
-        each = joined.unflatten(0, (images, -1))
-        size = joined.square().sum(-1).view(images, -1)
-        top = size.topk(size.shape[1] // STRONG, dim=1).indices
-        joined = each.gather(1, top[..., None].expand(-1, -1, each.shape[2])).flatten(0, 1)
-    return joined
+    chosen: Any = slice(None)
+    size = torch.stack([torch.linalg.vector_norm(p, dim=1).square() for p in parts.values()]).sum(0)
+    if len(size) % images == 0 and len(size) > STRONG * images:
+        each = size.view(images, -1)
+        first = torch.arange(0, len(size), each.shape[1], device=size.device)[:, None]
+        chosen = (each.topk(each.shape[1] // STRONG, dim=1).indices + first).flatten()
+    return torch.cat([p[chosen] for p in parts.values()], dim=1)
 
 
 def add(moments: dict[Key, Metric], key: Key, places: dict[str, slice], rows: list[Any], store: Store) -> None:

@@ -239,9 +239,8 @@ def prune(
                 return run(model, batches, recipe, replace(chosen, patterns=patterns), target, lambda event: None, None)
 
             saved = resume.Saved(folder, resume.fingerprint(model, batches, recipe)) if folder else None
-            layers, told = staged.prune(
-                model, list(batches), labels, recipe, chosen.units, tell, walked, draw, notes, saved
-            )
+            every = list(batches)
+            layers, told = staged.prune(model, every, labels, recipe, chosen.units, tell, walked, draw, notes, saved)
         else:
             layers = run(model, batches, recipe, chosen, target, tell, folder, store, blocks, micro)
     done = {entry["name"]: entry for entry in layers}

@@ -148,10 +148,6 @@ class Saved:
         """Keep a finished block.  facts: anything JSON holds.  Raises NotSaved on every rank."""
         ranks.together(lambda: self.put(self._file(block), tensors, {"block": block, "facts": facts}))
 
-    def drop(self, block: str) -> None:
-        """Forget a block that a later one makes needless."""
-        ranks.together(lambda: self._file(block).unlink(missing_ok=True))
-
     # -- files
 
     def put(self, path: Path, tensors: Mapping[str, Tensor], told: dict[str, Any]) -> None:

@@ -73,18 +73,25 @@ class Site:
 
     def read(self, parameter: Tensor) -> Tensor:
         """The canonical view (groups, out, in) of the stored parameter, float32 unless it is float64, a copy."""
+        return self.canonical(parameter).clone()
+
+    def canonical(self, parameter: Tensor) -> Tensor:
+        """The same, without a copy where the layout allows."""
         w = parameter.detach()
         if w.dtype not in (torch.float32, torch.float64):
             w = w.float()
         if self.conv is not None:  # (out, in/groups, *kernel) -> (groups, out/groups, *kernel, in/groups)
-            return w.movedim(1, -1).reshape(self.shape).clone()
+            return w.movedim(1, -1).reshape(self.shape)
         w = w.reshape(w.shape[0], -1)
         w = w.mT if self.transposed else w
-        return (w if self.rows is None else w[slice(*self.rows)]).reshape(self.shape).clone()
+        return (w if self.rows is None else w[slice(*self.rows)]).reshape(self.shape)
 
     def write(self, parameter: Tensor, weight: Tensor) -> None:
         """Store a canonical (groups, out, in) tensor; zeros become +0.0."""
-        weight = torch.where(weight == 0, torch.zeros_like(weight), weight).to(parameter.dtype)
+        self.place(parameter, torch.where(weight == 0, torch.zeros_like(weight), weight).to(parameter.dtype))
+
+    def place(self, parameter: Tensor, weight: Tensor) -> None:
+        """The same for a tensor that is no weight, as it is."""
         with torch.no_grad():
             if self.conv is not None:
                 out = parameter.movedim(1, -1)

@@ -23,6 +23,8 @@ from .joined import SCHEDULES, Given, Joined, schedule
 from .pattern import Pattern, allocate
 from .sites import Site, _tensors, feed, parameters, quiet
 
+STAGES, TOTAL = "stages", "sum of the averaged weights"  # names in the file of a run that may be killed
+
 
 @dataclass(frozen=True)
 class Options(gradients.Rows):
@@ -33,6 +35,11 @@ class Options(gradients.Rows):
     `batchnorm: auto`.  first_stage, halvings, dwell: of the way through several stages, see joined.schedule.
     average: share of the stages, at the end, whose weights are averaged once the support stands still; with the
     first-order term each stage is a noisy step, and the mean of many is a better point than the last.
+
+    first_order: with a row's gradient a_i and e_i = 1 / minibatch (true), a stage asks every row for the same fall of
+    its loss, which a network that fits its images does not have; ever larger steps follow.  With e_i the row's own mean
+    loss (loss), a_i · (w - w̄) + e_i is that loss, linearised, and a stage is one Gauss-Newton step on the sum of the
+    rows' squared losses: it asks for no more than there is.
     """
 
     ridges: tuple[float, ...] | list[float] = ()
@@ -91,15 +98,18 @@ class Mean:
         self.count = 0
 
     def add(self, w: Tensor) -> None:
-        if self.total is not None and self.count and torch.equal(self.total != 0, w != 0):
+        if self.total is not None and torch.equal(self.total != 0, w != 0):
             self.total, self.count = self.total + w.double(), self.count + 1
         else:
             self.total, self.count = w.double(), 1
-        self.dtype = w.dtype
+
+    def filled(self, run: Run) -> Tensor:
+        """The sum so far, (p,) float64; zeros before the first."""
+        return torch.zeros_like(run.weights(), dtype=torch.float64) if self.total is None else self.total
 
     def value(self) -> Tensor:
         assert self.total is not None
-        return (self.total / self.count).to(self.dtype)
+        return self.total / self.count
 
 
 def roles(recipe: Any) -> tuple[str | None, str | None, str | None]:
@@ -124,8 +134,8 @@ def prune(
 ) -> tuple[list[dict], list[dict]]:  # fmt: skip
     """All stages of a recipe, in place; returns one entry of the report per site, and one per stage; adds to `notes`.
 
-    walk(recipe, patterns): one run of the block walk.  fresh(t): batches of stage t, where the caller has new ones.
-    saved: where the model is kept after each stage, and where a stopped run is taken up.
+    walk(recipe, patterns): one run of the block walk.  fresh(t): batches of stage t, where the caller has new ones, a
+    function of t alone.  saved: keeps the weights after every stage, and gives them back to a run that was killed.
     """
     check(recipe)
     options = Options(**recipe.fisher)
@@ -151,7 +161,7 @@ def check(recipe: Any) -> None:
 
 
 def stages(
-    run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]], seed: int, saved: resume.Saved | None = None
+    run: Run, draw: Callable[[int], tuple[list[Any], list[Tensor | None]]], seed: int, saved: resume.Saved | None
 ) -> list[dict]:
     recipe, began = run.recipe, time.perf_counter()
     pattern: Pattern = recipe.pattern()
@@ -161,18 +171,18 @@ def stages(
     entries: list[dict] = []
     dense_outputs: list[Tensor] | None = None
     axes: list[int] | None = None
-    mean = Mean()
-    first_stage = 0
+    mean, done_before = Mean(), 0
     for t, sparsity in enumerate(steps):
-        if t and t < first_stage:
+        if 0 < t < done_before:
             continue
         batches, labels = draw(t)
         train, kept_out = hold_out(batches, labels, run.options.held_out if judged(recipe, run.options) else 0.0, seed)
         if kept_out[0] and kept_out[1][0] is None and dense_outputs is None:
-            dense_outputs = outputs(run.model, kept_out[0])  # of the first stage: the model is still dense
+            dense_outputs = outputs(run.model, kept_out[0])
         if t == 0 and saved:
-            first_stage, entries = taken_up(run, saved, len(steps), mean)
-            if first_stage:
+            done_before, entries = restore(run, saved, mean)
+            if done_before:
+                run.tell({"event": "stage", "text": f"going on after stage {done_before} of {len(steps)}"})
                 continue
         run.tell({"event": "stage", "text": f"stage {t + 1} of {len(steps)}: {100 * sparsity:.4g} % zeros"})
         joined = Joined.of(pattern, shapes, sparsity, run.budgets(pattern, sparsity))
@@ -185,13 +195,16 @@ def stages(
             sizes = shares(train[0], run.options)
             mine = replace(run.options, rows=sizes[ranks.rank()])
             order = shuffle(train, mine, seed + t)
-            grads, kind = gradients.per_row(run.model, run.sites, *order, mine, seed=seed + t, axes=axes)
+            losses = torch.zeros(sizes[ranks.rank()], dtype=torch.float64)
+            grads, kind = gradients.per_row(run.model, run.sites, *order, mine, seed=seed + t, axes=axes, losses=losses)
             first = run.options.first_order
             if first and kind != "true":
                 raise ValueError(f"fisher.first_order: {kind} labels have none; it needs labelled images.")
             if first is None:
                 first = kind == "true" and run.options.minibatch > 1
-            scale = 1 / run.options.minibatch if first else 0.0
+            scale: float | Tensor = 1 / run.options.minibatch if first else 0.0
+            if first == "loss":
+                scale = ranks.gather_rows(losses, sizes).to(grads.device)
             fisher = Fisher(
                 grads, run.weights(), [s.numel for s in run.sites], scale, total=_summed, n=sum(sizes),
                 rows=partial(ranks.gather_rows, sizes=sizes), start=sum(sizes[: ranks.rank()]),
@@ -199,7 +212,7 @@ def stages(
             spent = time.perf_counter() - clock
             note += f", {fisher.n} gradients of {run.options.minibatch} images, {kind} labels, {spent:.1f} s"
             told |= {"rows": fisher.n, "minibatch": run.options.minibatch, "labels": kind,
-                     "first_order": bool(first), "gradient_seconds": spent,
+                     "first_order": first or False, "gradient_seconds": spent,
                      "gradient_cpu_seconds": time.process_time() - busy, "ridge": ridge_of(recipe)}  # fmt: skip
         clock, busy = time.perf_counter(), time.process_time()
         current = run.weights()
@@ -211,10 +224,10 @@ def stages(
             if len(ridges) > 1:
                 tried.append((held_loss(run.model, kept_out, dense_outputs), ridge, run.weights()))
         if tried:
-            losses = ", ".join(f"{r:g}: {v:.4f}" for v, r, _ in tried)
+            shown = ", ".join(f"{r:g}: {v:.4f}" for v, r, _ in tried)
             best = min((x for x in tried if x[0] == x[0]), key=lambda x: x[0])
             run.write(best[2])
-            note += f", ridge {best[1]:g} by held-out loss ({losses})"
+            note += f", ridge {best[1]:g} by held-out loss ({shown})"
             told |= {"ridge": best[1], "held_out_loss": best[0], "ridges": {f"{r:g}": v for v, r, _ in tried}}
         told["solve_seconds"] = time.perf_counter() - clock
         told["solve_cpu_seconds"] = time.process_time() - busy
@@ -222,7 +235,7 @@ def stages(
         if len(steps) - t <= run.options.average * len(steps):
             mean.add(run.weights())
             if t + 1 == len(steps) and mean.count > 1:
-                run.write(mean.value())
+                run.write(mean.value().to(current.dtype))
                 note += f", weights averaged over the last {mean.count} stages"
                 told["averaged"] = mean.count
         done = settle_norms(run.model, recipe.batchnorm, train[0], kept_out, dense_outputs)
@@ -231,36 +244,31 @@ def stages(
         run.told.append(told)
         del fisher
         if saved:
-            facts = {"entries": entries, "told": run.told, "notes": run.notes, "averaged": mean.count}
-            saved.add(stage_name(t, len(steps)), state(run, mean), facts)
-            if t:  # the stage before it is not needed any more
-                saved.drop(stage_name(t - 1, len(steps)))
+            keep(run, saved, mean, t + 1, entries)
     return finish(run, entries, original, str(pattern), time.perf_counter() - began)
 
 
-def stage_name(t: int, count: int) -> str:
-    return f"stage {t + 1} of {count}"
+# ------------------------------------------------------------------------------------------ a run that was killed
+def state(run: Run) -> dict[str, Tensor]:
+    """What a stage may change: weights, the biases refit with them, the statistics of batch norms."""
+    return dict(run.model.state_dict())
 
 
-def state(run: Run, mean: Mean) -> dict[str, Tensor]:
-    """Everything that stages change: the model, and the sum of weights that are averaged at the end."""
-    kept: dict[str, Tensor] = dict(run.model.state_dict())
-    if run.options.average:
-        weights = run.weights()
-        mean.total = torch.zeros_like(weights, dtype=torch.float64) if mean.total is None else mean.total
-        mean.dtype = weights.dtype
-        kept["mean of the last stages"] = mean.total
-    return kept
+def keep(run: Run, saved: resume.Saved, mean: Mean, done: int, entries: list[dict]) -> None:
+    """One file, written anew after every stage; `done` of them are finished."""
+    facts = {"done": done, "count": mean.count, "entries": entries, "told": run.told, "notes": run.notes}
+    saved.add(STAGES, state(run) | {TOTAL: mean.filled(run)}, facts)
 
 
-def taken_up(run: Run, saved: resume.Saved, count: int, mean: Mean) -> tuple[int, list[dict]]:
-    """Put the last finished stage of a stopped run into the model: (how many are finished, the entries so far)."""
-    for t in reversed(range(count)):
-        facts = saved.restore(stage_name(t, count), state(run, mean))
-        if facts is not None:
-            run.notes[:], run.told[:], mean.count = facts["notes"], facts["told"], facts["averaged"]
-            return t + 1, facts["entries"]
-    return 0, []
+def restore(run: Run, saved: resume.Saved, mean: Mean) -> tuple[int, list[dict]]:
+    """(stages that an earlier run has finished, its entries); the model, the mean and the report are as they were."""
+    total = mean.filled(run)
+    facts = saved.restore(STAGES, state(run) | {TOTAL: total})
+    if facts is None:
+        return 0, []
+    mean.count, mean.total = facts["count"], total if facts["count"] else None
+    run.told[:], run.notes[:] = facts["told"], facts["notes"]
+    return facts["done"], facts["entries"]
 
 
 def judged(recipe: Any, options: Options) -> bool:

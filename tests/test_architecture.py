@@ -31,6 +31,7 @@ MODEL = {
     "allocation",
     "limit",
     "curvature",
+    "linearised",
     "masks",
     "networks",
     "axes",

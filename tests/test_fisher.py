@@ -7,6 +7,7 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import nn
 
 import hf_prune
@@ -393,6 +394,28 @@ def test_fresh_images_are_asked_for_at_every_stage():
 
     hf_prune.prune(net(), draw, "chita-plus-plus", stages=3, sparsity=0.7)
     assert asked == [0, 1, 2]
+
+
+def test_a_stage_may_be_a_gauss_newton_step_on_the_losses_of_the_rows(monkeypatch):
+    """e_i is the loss of row i: at no sparsity the refit is the ridge regression that asks each row for its own."""
+    seen = []
+    monkeypatch.setattr(staged, "Fisher", lambda *a, **k: seen.append(Fisher(*a, **k)) or seen[-1])
+    model = net()
+    x, y = torch.cat([b[0] for b in data()]), torch.cat([b[1] for b in data()])
+    with torch.no_grad():
+        dense = F.cross_entropy(model(x), y)
+    keys = {"mask": {"method": "chita", "ridge": 0.1}, "solve": "none", "sparsity": 0.001, "scope": "model",
+            "prune_stem": True, "prune_head": True}  # fmt: skip
+    report = hf_prune.prune(model, data(), keys | {"fisher": {"labels": "true", "minibatch": 2, "first_order": "loss"}})
+    assert report.stages[0]["first_order"] == "loss"
+    (fisher,) = seen
+    torch.testing.assert_close(fisher.first.mean().float(), dense)
+    d = fisher.refit(fisher.weight != 0) - fisher.weight
+    a = fisher.grads.double()
+    k = a @ a.mT + fisher.n * fisher.ridge * torch.eye(len(a))
+    torch.testing.assert_close(d.double(), -a.mT @ torch.linalg.solve(k, fisher.first), rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        assert F.cross_entropy(model(x), y) < dense, "a step down the loss"
 
 
 def test_the_ridge_is_chosen_on_images_kept_out_of_the_gradients():

@@ -64,7 +64,11 @@ def test_equal_to_one_backward_per_image(name, minibatch):
     model = MODELS[name]().eval().double()
     x, y = torch.randn(12, 3, 8, 8, dtype=torch.float64), torch.randint(0, 5, (12,))
     found = sites.find(model, x[:2]).sites
-    a, kind = gradients.per_row(model, found, [x[:8], x[8:]], [y[:8], y[8:]], Rows(minibatch=minibatch), seed=0)
+    losses, rows = torch.zeros(12 // minibatch), Rows(minibatch=minibatch)
+    a, kind = gradients.per_row(model, found, [x[:8], x[8:]], [y[:8], y[8:]], rows, seed=0, losses=losses)
+    with torch.no_grad():
+        each = F.cross_entropy(model(x), y, reduction="none").float()
+    torch.testing.assert_close(losses, each.view(-1, minibatch).mean(1))
     expected = one_by_one(model, found, x, y).view(12 // minibatch, minibatch, -1).mean(1)
     assert kind == "true" and a.shape == expected.shape
     torch.testing.assert_close(a.double(), expected, rtol=1e-4, atol=1e-6)

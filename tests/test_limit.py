@@ -1,5 +1,6 @@
 """The pruning limit against closed forms and exact spectra."""
 
+import contextlib
 import copy
 import json
 import os
@@ -10,10 +11,11 @@ import sys
 import pytest
 import torch
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import nn
 
 import hf_prune
-from hf_prune import limit, loop
+from hf_prune import curvature, limit, loop
 from hf_prune import page as report_page
 from hf_prune.curvature import measure
 from hf_prune.spectrum import Lanczos, Removal, bounds, fixed_point, from_trace, kept, mean_curvature, probe
@@ -245,6 +247,38 @@ def test_kept_graphs_change_nothing(memory):
     with task.at(torch.zeros_like(task.weights)):
         assert float(model.a.weight.detach().abs().max()) == 0
     torch.testing.assert_close(task.product(v, "hessian"), rebuilt.product(v, "hessian"))
+
+
+class Mixed(nn.Module):
+    """Norms, attention and activations of every kind that linearised.py treats on its own."""
+
+    def __init__(self, scale: bool = True):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 6, 3, stride=2), nn.BatchNorm2d(6)
+        self.norm, self.qkv, self.out = nn.LayerNorm(6, elementwise_affine=scale), nn.Linear(6, 18), nn.Linear(6, 10)
+        self.acts = [nn.SiLU(inplace=True), nn.Hardswish(), nn.Tanh(), nn.Softplus(), nn.GELU()]
+
+    def forward(self, x):
+        x = self.acts[0](self.bn(self.conv(x))).flatten(2).mT
+        for act in self.acts[1:]:
+            q, k, v = self.qkv(self.norm(x)).view(len(x), -1, 3, 2, 3).permute(2, 0, 3, 1, 4)
+            x = x + act(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(self.norm(x).mean(1).sigmoid())
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_products_of_linearised_layers_are_those_of_torch(scale, monkeypatch):
+    torch.manual_seed(0)
+    model = Mixed(scale).double()
+    for p in [*model.norm.parameters(), *model.bn.parameters()]:
+        nn.init.normal_(p)
+    model.bn.running_mean.normal_()
+    batches = [(x.double().view(-1, 1, 8, 8), y) for x, y in digits(6)[0]]
+    task = task_of(model, batches)
+    ours = dense_matrix(task, "gauss-newton")
+    assert float(ours.diagonal().min()) > 0, "every weight moves the outputs"
+    monkeypatch.setattr(curvature, "linear", contextlib.nullcontext)
+    torch.testing.assert_close(ours, dense_matrix(task_of(model, batches), "gauss-newton"), rtol=1e-9, atol=1e-12)
 
 
 @pytest.fixture(scope="module")

@@ -92,6 +92,48 @@ def test_killed_at_random_moments_also_inside_a_write_it_ends_in_the_same_bits(t
         assert not list(folder.glob("*.part"))
 
 
+def in_stages(folder, last, answer):
+    """Five stages on gradients, in a process of its own, which dies when stage `last` begins (None: never)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8),
+                          nn.Flatten(), nn.Linear(128, 5)).eval()  # fmt: skip
+    g = torch.Generator().manual_seed(1)
+    batches = [(torch.randn(16, 3, 8, 8, generator=g), torch.randint(0, 5, (16,), generator=g)) for _ in range(3)]
+    begun = []
+
+    def tell(event):
+        if event["event"] == "stage" and "stage" in event["text"].split(" of ")[0]:
+            begun.append(event["text"])
+            if last and event["text"].startswith(f"stage {last} "):
+                die()
+
+    fisher = {"minibatch": 2, "first_order": "loss", "dwell": 0.5, "average": 0.5, "ridges": [1e-3, 1e-2]}
+    recipe = Recipe(mask={"method": "chita"}, solve=None, refine=None, sparsity=0.7, scope="model", stages=5,
+                    batchnorm="renew", fisher=fisher)  # fmt: skip
+    report = prune(model, batches, recipe, progress=tell, checkpoint=folder)
+    told = [{k: v for k, v in stage.items() if "seconds" not in k} for stage in report.stages]
+    answer.put((digest(model), begun, told, len(report.notes)))
+
+
+@pytest.mark.skipif(fork is None, reason="signals and fork")
+def test_a_run_in_stages_goes_on_after_the_last_one(tmp_path):
+    def attempt(folder, last=None):
+        answer = fork.SimpleQueue()
+        process = fork.Process(target=in_stages, args=(folder, last, answer))
+        process.start()
+        process.join(60)
+        return answer.get() if process.exitcode == 0 else process.exitcode
+
+    whole = attempt(tmp_path / "whole")
+    assert len(whole[1]) == 5 and whole[2][-1]["averaged"] == 2
+    for last in (1, 3, 5):
+        folder = tmp_path / str(last)
+        assert attempt(folder, last) == -signal.SIGKILL
+        bits, begun, told, notes = attempt(folder)
+        assert bits == whole[0] and told == whole[2] and notes == whole[3], "what a run that lives ends in"
+        assert len(begun) == 5 if last == 1 else begun[0] == f"going on after stage {last - 1} of 5", begun
+
+
 def test_a_damaged_byte_is_found_by_its_checksum(tmp_path):
     prune(network(), images(), DEFAULT, checkpoint=tmp_path)
     file = sorted(tmp_path.glob("*.safetensors"))[1]

@@ -1,0 +1,132 @@
+"""Layers whose gradient is cheap to differentiate again with respect to what flows back through it.
+
+A Gauss-Newton product sees the network as linear in its weights around the present ones: J v, then Jᵀ u.  J v is the
+derivative of Jᵀ u with respect to u, and torch takes it by its general second derivatives, which also hold everything
+that depends on the layer's input.  None of that is needed here.  Under `linear()`, norms and elementwise activations
+keep their derivative at the present input and apply it in one or two operations each way.  What comes out is the same
+matrix; the exact Hessian does need the rest and is taken without this mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+SLOPES: set[Callable[..., Any]] = {F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.softplus, F.mish, F.elu, torch.tanh,
+                                   torch.sigmoid, Tensor.tanh, Tensor.sigmoid}  # fmt: skip
+
+
+class _Slope(torch.autograd.Function):
+    """y given, gradient by the slope of each entry: both like x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return g * ctx.saved_tensors[0], None, None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight)
+        ctx.shape = shape
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        return _NormBack.apply(g, *ctx.saved_tensors, ctx.shape), None, None, None, None  # type: ignore[return-value]
+
+
+class _NormBack(torch.autograd.Function):
+    """P (γ g), with P = rstd (1 - mean - x̂ x̂ᵀ / n) symmetric; its transpose takes v to γ P v."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, shape: list[int]
+    ) -> Tensor:
+        ctx.save_for_backward(x, mean, rstd, weight)
+        ctx.shape = shape
+        return _project(g, x, shape, mean, rstd, weight)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, mean, rstd, weight = ctx.saved_tensors
+        back = _project(v, x, ctx.shape, mean, rstd, None)
+        return back if weight is None else back * weight, None, None, None, None, None
+
+
+def _project(g: Tensor, x: Tensor, shape: list[int], mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
+    only_input = [True, False, False]
+    return torch.ops.aten.native_layer_norm_backward(g.contiguous(), x, shape, mean, rstd, weight, None, only_input)[0]
+
+
+class linear(TorchFunctionMode):
+    """For the length of a `with`, a forward whose gradients are to be differentiated in the seed alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        x = args[0] if args else kwargs.get("input")
+        if not (torch.is_tensor(x) and x.requires_grad and x.is_floating_point()):
+            return func(*args, **kwargs)
+        own = OWN.get(func)
+        if own is not None:
+            made = own(*args, **kwargs)
+            return func(*args, **kwargs) if made is None else made
+        in_place = kwargs.get("inplace") or any(a is True for a in args[1:])  # who reads x later reads the result
+        if func in SLOPES and args and not in_place:
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                y = func(leaf, *args[1:], **kwargs)
+                (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+            return _Slope.apply(x, y.detach(), slope)
+        return func(*args, **kwargs)
+
+
+def layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor | None:
+    if any(t is not None and t.requires_grad for t in (weight, bias)):
+        return None
+    return _Norm.apply(input, list(normalized_shape), weight, bias, eps)  # type: ignore[return-value]
+
+
+def batch_norm(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor | None:  # fmt: skip
+    """With fixed statistics it is a scale and a shift per channel."""
+    if training or running_mean is None or running_var is None:
+        return None
+    scale = (running_var + eps).rsqrt() * (1 if weight is None else weight)
+    shift = (0 if bias is None else bias) - running_mean * scale
+    wide = (1, -1, *[1] * (input.dim() - 2))
+    return input * scale.view(wide) + shift.view(wide)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor | None:  # fmt: skip
+    """Plain attention, without torch's search for rows that a mask left empty."""
+    if attn_mask is not None or dropout_p or is_causal or enable_gqa:
+        return None
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    return scores.softmax(-1) @ value
+
+
+# what may return None where the general way is to be taken
+OWN: dict[Any, Callable[..., Tensor | None]] = {
+    F.layer_norm: layer_norm, F.batch_norm: batch_norm, F.scaled_dot_product_attention: attention
+}  # fmt: skip
