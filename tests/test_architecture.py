@@ -38,6 +38,7 @@ MODEL = {
     "channels",
     "permute",
     "cost",
+    "stopwatch",
     "similarity",
     "semi_structured",
 }
