@@ -59,15 +59,19 @@ def importance(
     modules = dict(model.named_modules())
     sites = images_first(model, modules, sites, batches[0]) if len(batches) else sites
     moments: dict[Key, Metric] = {}
-    gather = moments if metric > 0 else None
     found: list[dict[Key, Tensor]] = []
     for batch in batches:
         pieces: dict[Key, list[Tensor]] = {}
+        strong: dict[Key, Strong] | None = {} if metric > 0 else None
         size = len(_tensors(batch)[0])
         for first in range(0, size, micro):
             part = cut(batch, first, first + micro)
-            for key, value in _influence(model, modules, sites, part, probes, seed, gather, store).items():
+            for key, value in _influence(model, modules, sites, part, probes, seed, strong, store).items():
                 pieces.setdefault(key, []).append(value)
+            # where the moments of all layers may lie on disk, once a batch is often enough
+            if store.budget is None or first + micro >= size:
+                for key in list(strong or ()):
+                    add(moments, key, *(strong or {}).pop(key), store)
         found.append({key: torch.cat(values) for key, values in pieces.items()})
     # a rank without images takes part in the sums all the same
     for key in dict.fromkeys(k for keys in ranks.gather(list(found[0]) if found else []) for k in keys):
@@ -124,7 +128,7 @@ def images_first(model: nn.Module, modules: dict[str, nn.Module], sites: list[Si
 
 def _influence(
     model: nn.Module, modules: dict[str, nn.Module], sites: list[Site], part: Any, probes: int, seed: int,
-    moments: dict[Key, Metric] | None, store: Store,
+    strong: dict[Key, Strong] | None, store: Store,
 ) -> dict[Key, Tensor]:  # fmt: skip
     outputs: dict[int, Tensor] = {}
 
@@ -163,9 +167,10 @@ def _influence(
                 influence[k] = influence.get(k, 0) + torch.linalg.vector_norm(rows, dim=-1).square()
                 if sites[k].shape[0] == 1:
                     together.setdefault((sites[k].source, sites[k].conv), {})[sites[k].name] = rows
-            if moments is not None:
+            if strong is not None:
                 for key, parts in together.items():
-                    add(moments, key, parts, store, len(_tensors(part)[0]))
+                    places, kept = strong.setdefault(key, (_places(parts), []))
+                    kept.append(store.keep(strongest(parts, len(_tensors(part)[0]))))
     grouped: dict[Key, list[Tensor]] = {}
     for k, value in influence.items():
         grouped.setdefault((sites[k].source, sites[k].conv), []).append(value / probes)
@@ -175,19 +180,30 @@ def _influence(
 STRONG = 4  # the second moment takes one in so many samples of an image: those that weigh most carry nearly all of it
 
 
-def add(moments: dict[Key, Metric], key: Key, parts: dict[str, Tensor], store: Store, images: int) -> None:
-    """Count the gradients (samples, out) at the outputs of the layers of one input into their second moment."""
+Strong = tuple[dict[str, slice], list[Any]]  # site name -> its columns; gradients (samples, out) as a store keeps them
+
+
+def _places(parts: dict[str, Tensor]) -> dict[str, slice]:
+    ends = list(itertools.accumulate((p.shape[1] for p in parts.values()), initial=0))
+    return {name: slice(a, b) for name, a, b in zip(parts, ends, ends[1:], strict=False)}
+
+
+def strongest(parts: dict[str, Tensor], images: int) -> Tensor:
+    """The gradients (samples, out) at the outputs of the layers of one input that count in their second moment."""
     chosen: Any = slice(None)
     size = torch.stack([torch.linalg.vector_norm(p, dim=1).square() for p in parts.values()]).sum(0)
     if len(size) % images == 0 and len(size) > STRONG * images:
         each = size.view(images, -1)
         first = torch.arange(0, len(size), each.shape[1], device=size.device)[:, None]
         chosen = (each.topk(each.shape[1] // STRONG, dim=1).indices + first).flatten()
-    joined = torch.cat([p[chosen] for p in parts.values()], dim=1)
+    return torch.cat([p[chosen] for p in parts.values()], dim=1)
+
+
+def add(moments: dict[Key, Metric], key: Key, places: dict[str, slice], rows: list[Any], store: Store) -> None:
+    """Count gradients into their second moment."""
+    joined = torch.cat([load(r) for r in rows])
     if key not in moments:
-        ends = list(itertools.accumulate((p.shape[1] for p in parts.values()), initial=0))
-        rows = {name: slice(a, b) for name, a, b in zip(parts, ends, ends[1:], strict=False)}
-        moments[key] = _nothing(rows, joined, store)
+        moments[key] = _nothing(places, joined, store)
     kept = moments[key].moment
     store.update(kept, load(kept).to(joined.device).add_(joined.mT @ joined))
 

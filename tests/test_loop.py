@@ -490,7 +490,8 @@ def test_the_metric_counts_the_strongest_quarter_of_each_image():
     generator = torch.Generator().manual_seed(0)
     parts = {"a": torch.randn(3 * 16, 4, generator=generator), "b": torch.randn(3 * 16, 2, generator=generator)}
     moments = {}
-    weighing.add(moments, "input", parts, streams.Store(), 3)
+    strong = weighing.strongest(parts, 3)
+    weighing.add(moments, "input", weighing._places(parts), [strong[:5], strong[5:]], streams.Store())
     joined = torch.cat(list(parts.values()), 1).double()
     expected = torch.zeros(6, 6, dtype=torch.float64)
     for image in joined.split(16):
