@@ -179,8 +179,9 @@ def needs(model: nn.Module, chosen: Any, recipe: Any) -> Needs:
     if weighed:
         kept: dict[Any, Tensor] = {}
         modules = dict(model.named_modules())
+        strong: dict[Any, Any] | None = {} if target.metric > 0 else None
         weighing = live(
-            lambda: kept.update(importance._influence(model, modules, every, one, PROBES, 0, None, Store()))
+            lambda: kept.update(importance._influence(model, modules, every, one, PROBES, 0, strong, Store()))
         )
         influence = _bytes(kept)
     way = Walk.unchecked(model, chosen.units)

@@ -105,7 +105,8 @@ def test_a_run_that_spills_everything_ends_in_the_same_bits(name, tmp_path, monk
     torch.manual_seed(0)
     two = case.build()
     given = [case.batch(2, s) for s in range(2)]
-    recipe = Recipe(nm="2:4", skip=("*.layer3.*", "*block3*", "*block4*"))
+    target = {"metric": 0.5} if name.startswith("ViT") else {}  # output metrics wait in the store too
+    recipe = Recipe(nm="2:4", skip=("*.layer3.*", "*block3*", "*block4*"), target=target)
     prune(one, given, recipe)
     stores = []
 
@@ -216,3 +217,23 @@ def test_generators_are_read_one_batch_at_a_time_and_labels_split_off():
     batches, labels = streams.take(Store(budget=0), given(), micro=3)
     assert [len(b) for b in batches] == [3, 1] * 4 and labels[1].tolist() == [3] and len(batches) == 8
     assert torch.equal(batches[2], torch.ones(3, 2)) and [len(b) for b in batches[6:]] == [3, 1]
+
+
+def test_output_metrics_are_on_disk_until_their_block_and_gone_after_it(monkeypatch, tmp_path):
+    from hf_prune import loop
+
+    recipe = Recipe(nm="2:4", target={"metric": 0.5})
+    monkeypatch.setattr(loop.memory, "limits", lambda *_: type("L", (), {"streams": 0, "images": None, "notes": []}))
+    seen, left = [], []
+    real = loop.Block.layers
+
+    def layers(self, group, tensors):
+        seen.append(self.metrics)
+        left.append(sorted(n for m in self.metrics.values() for n in m.rows))
+        assert all(isinstance(m.moment, Spilled) for m in self.metrics.values())
+        return real(self, group, tensors)
+
+    monkeypatch.setattr(loop.Block, "layers", layers)
+    prune(build(), images(), recipe, host_memory="1GiB", spill=tmp_path)
+    assert left[0] == ["blocks.0.a.weight", "blocks.0.b.weight", "blocks.1.a.weight", "blocks.1.b.weight"]
+    assert left[-1] == ["blocks.1.a.weight", "blocks.1.b.weight"] and not seen[-1]
