@@ -50,6 +50,7 @@ standard deviation. CPU seconds are of everything, on a machine that did other w
 """
 CIFAR = {"cifar10_resnet20": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "chita_resnet20": ((0.5,) * 3, (0.5,) * 3)}
 CIFAR["cifar10_resnet32"] = CIFAR["cifar10_resnet20"]
+MLPNET = "mnist_mlpnet"
 
 
 def main() -> None:
@@ -122,8 +123,8 @@ Outputs = Callable[[nn.Module, Tensor], Tensor]
 
 def load(name: str, most: int) -> tuple[nn.Module, Draw, Tensor, list[Any], Outputs]:
     """(module, calibration batches by (samples, draw, batch size), pixels, labels, logits of a module)."""
-    if name in CIFAR:
-        return cifar(name, most)
+    if name in CIFAR or name == MLPNET:
+        return small(name, most)
     loaded = models.load(str(DATA / name))
     judged = calibration.images(str(DATA / "imagenet_val_800.parquet"), samples=None, seed=0)
     kept = list(judged)[400:][:most]
@@ -141,28 +142,38 @@ def load(name: str, most: int) -> tuple[nn.Module, Draw, Tensor, list[Any], Outp
     return loaded.module, draw, pixels, [classes[label] for _, label in kept], outputs
 
 
-def cifar(name: str, most: int) -> tuple[nn.Module, Draw, Tensor, list[Any], Outputs]:
+def small(name: str, most: int) -> tuple[nn.Module, Draw, Tensor, list[Any], Outputs]:
+    """The CIFAR-10 networks, and MLPNet on MNIST."""
     sys.path.insert(0, str(DATA))
     import loaders
 
-    module = loaders.chita_resnet20() if name.startswith("chita") else loaders.cifar10_resnet(int(name[-2:]))
-    centre, spread = (torch.tensor(v).view(3, 1, 1) for v in CIFAR[name])
+    if name == MLPNET:
+        module, mode, size, first = loaders.mnist_mlpnet(), "L", 28, 0
+        train, test = "mnist_train_10000.parquet", "mnist_test.parquet"
+        centre, spread = torch.tensor(0.1307), torch.tensor(0.3081)
+    else:
+        module = loaders.chita_resnet20() if name.startswith("chita") else loaders.cifar10_resnet(int(name[-2:]))
+        mode, size, first = "RGB", 32, 5000
+        train, test = "cifar10_lossless_train_4000.parquet", "cifar10jpeg_test.parquet"
+        centre, spread = (torch.tensor(v).view(3, 1, 1) for v in CIFAR[name])
+    pool = parquet.read_metadata(DATA / train).num_rows
 
     def read_images(file: str, rows: Any) -> tuple[Tensor, list[int]]:
         table = parquet.read_table(DATA / file).take(rows)
-        images = [Image.open(io.BytesIO(i["bytes"])).convert("RGB") for i in table.column("image").to_pylist()]
-        raw = torch.stack([torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).view(32, 32, 3) for i in images])
-        return (raw.permute(0, 3, 1, 2).float() / 255 - centre) / spread, table.column("label").to_pylist()
+        images = [Image.open(io.BytesIO(i["bytes"])).convert(mode) for i in table.column("image").to_pylist()]
+        raw = [torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).view(size, size, -1) for i in images]
+        pixels = torch.stack(raw).permute(0, 3, 1, 2).float() / 255
+        return (pixels - centre) / spread, table.column("label").to_pylist()
 
     def draw(samples: int, seed: int, batch: int) -> list[Any]:
-        rows = torch.randperm(4000, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
-        return list(read_images("cifar10_lossless_train_4000.parquet", rows)[0].split(batch))
+        rows = torch.randperm(pool, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
+        return list(read_images(train, rows)[0].split(batch))
 
     @torch.no_grad()
     def outputs(model: nn.Module, pixels: Tensor) -> Tensor:
         return torch.cat([model(p) for p in pixels.split(100)])
 
-    pixels, labels = read_images("cifar10jpeg_test.parquet", list(range(5000, 5000 + most)))
+    pixels, labels = read_images(test, list(range(first, first + most)))
     return module, draw, pixels, labels, outputs
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,12 @@ def run(words: Sequence[str]) -> int:
     speed = measured(args.folder, sizes, args.dtype, args.device)
     print(json.dumps(speed, indent=1) if args.json else table(speed))
     if not args.no_write:
-        write(args.folder, report, speed)
+        notes = write(args.folder, report, speed)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
         if not args.json:
-            print(f"{args.folder}/  hf_prune.json and README.md hold this measurement now")
+            files = "hf_prune.json holds" if notes else "hf_prune.json and README.md hold"
+            print(f"{args.folder}/  {files} this measurement now")
     return 0
 
 
@@ -62,8 +66,6 @@ def nothing_gained() -> str:
 
 def measured(folder: str, sizes: Sequence[int], dtype: str, device: str) -> dict[str, Any]:
     """The measurement as hf_prune.json holds it."""
-    import sys
-
     import torch
 
     from . import models, semi_structured
@@ -89,16 +91,11 @@ def noise(count: int) -> list[Any]:
     return [Image.fromarray(each) for each in pixels]
 
 
-def write(folder: str | Path, report: Mapping[str, Any], speed: Mapping[str, Any]) -> None:
-    """Put the measurement into hf_prune.json and the card, each replaced as a whole."""
-    from . import card, checkpoint, schema
+def write(folder: str | Path, report: Mapping[str, Any], speed: Mapping[str, Any]) -> list[str]:
+    """Put the measurement into hf_prune.json, and into the card unless it was edited by hand; notes on that."""
+    from . import checkpoint
 
-    new = {**report, "speed": dict(speed)}
-    wrong = schema.problems(new)
-    assert not wrong, " ".join(wrong)
-    text = card.render(new, name=Path(folder).resolve().name)
-    for name, content in ((checkpoint.REPORT, checkpoint.to_json(new)), (checkpoint.CARD, text)):
-        checkpoint.put(Path(folder) / name, content)
+    return checkpoint.update(folder, report, {**report, "speed": dict(speed)})
 
 
 def table(speed: Mapping[str, Any], *, width: int = WIDTH) -> str:

@@ -384,9 +384,9 @@ def _forecast(
 
     probe = not flags.get("no_probe")
     picked = choose(loaded.module, _probe(loaded), engine)
+    held = memory(loaded, picked)[0] if probe else None  # before the probe, whose leftovers it would count
     found = forecast.forecast(loaded, picked, engine, probe=probe, tell=say.stage)
-    if probe:
-        found = dataclasses.replace(found, memory=memory(loaded, picked)[0])
+    found = dataclasses.replace(found, memory=held)
     if flags.get("json"):
         say(json.dumps(forecast.as_json(found, loaded, engine), indent=1, ensure_ascii=False))
         return 0
@@ -751,6 +751,8 @@ def _predicted(
     loaded: Loaded, selection: Any, chosen: Run, budgets: Mapping[str, Any], state: PartialState
 ) -> tuple[int, str]:
     """Bytes of memory at the widest point, and the plan's line about them."""
+    import datasets  # noqa: F401 - a run holds it, and what it imports, in memory
+
     from . import memory
     from .streams import size
 

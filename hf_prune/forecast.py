@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
     from .loop import Recipe, Selection
     from .models import Loaded
+    from .stopwatch import Spent
 
 # safetensors sorts tensors by these, last first, then by name
 DTYPES = ("BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64")
+PHOTO = (500, 375)  # pixels; about the mean of ImageNet's
 LETTERS = {"cuSPARSELt": "s", "CUTLASS": "c", "TensorRT": "t"}
 
 
@@ -47,6 +49,7 @@ class Weight:
 class Forecast:
     """dense_file, packed_file: bytes of the safetensors file; packed_file None where the pattern cannot be packed.
     sharded: the dense weights are written as several files, and dense_file leaves out their headers.
+    stages: what each stage of the run takes (stopwatch.py); None where it was not asked for or cannot be told.
     memory: bytes of the process at its widest point; None where it was not asked for.
     """
 
@@ -56,8 +59,11 @@ class Forecast:
     packed_file: int | None
     sharded: bool
     samples: int
-    seconds: float | None = None
+    stages: dict[str, Spent] | None = None
     memory: int | None = None
+
+    def seconds(self) -> float | None:
+        return None if self.stages is None else sum(spent.seconds for spent in self.stages.values())
 
     def operations(self) -> tuple[int, int]:
         """Of all products with a weight, and of those under the pattern, per image."""
@@ -73,7 +79,7 @@ def forecast(
     tell: Callable[[str], None] = lambda text: None,
 ) -> Forecast:
     """chosen: loop.choose(module, two images, recipe).  probe: measure the time, which prunes one block of a kind."""
-    from . import cost
+    from . import cost, stopwatch
 
     pattern = recipe.pattern()
     counted = cost.operations(loaded.module, chosen.small)
@@ -111,8 +117,30 @@ def forecast(
         samples=recipe.samples,
     )
     if probe:
-        made.seconds = cost.seconds(loaded.module, chosen.small, recipe, recipe.samples, tell)
+        made.stages = cost.seconds(loaded.module, chosen.small, recipe, recipe.samples, tell)
+    if made.stages is not None:
+        made.stages = {stopwatch.READING: reading(loaded, recipe.samples), **made.stages}
     return made
+
+
+def reading(loaded: Loaded, samples: int) -> Spent:
+    """What decoding and preparing the images takes, if they are photographs of PHOTO pixels stored as JPEG."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from . import calibration, stopwatch
+
+    few = np.random.default_rng(0).integers(0, 256, (PHOTO[1] // 8, PHOTO[0] // 8, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(few).resize(PHOTO, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+
+    def read(count: int) -> None:
+        loaded.batch(loaded.processor([calibration.decode(file.getvalue()) for _ in range(count)]))
+
+    read(1)  # pays for what is set up once
+    return stopwatch.Spent().plus(stopwatch.clock(lambda: read(4)), samples / 4)
 
 
 # ------------------------------------------------------------------------------------------------- bytes of the files
@@ -254,15 +282,19 @@ def said(found: Forecast, *, width: int = plans.WIDTH) -> list[str]:
         lines += plans._wrapped(f"With --compressed, packed: {found.packed_file:,} bytes ({ratio:.1f} %).", width)
     if found.memory is not None:
         lines += plans._wrapped(f"Memory: about {size(found.memory)} at its widest.", width)
-    if found.seconds is not None:
-        lines += plans._wrapped(f"Time: about {duration(found.seconds)} of pruning with {found.samples} images, on "
-                                "this machine as busy as it is now; loading and evaluation come on top.",
+    if found.stages is not None:
+        whole, read = found.seconds() or 0.0, found.stages["reading images"].seconds
+        lines += plans._wrapped(f"Time: about {duration(whole)} of pruning with {found.samples} images on this machine "
+                                f"as busy as it is now, {duration(read)} of it for reading them as photographs of "
+                                f"{PHOTO[0]} x {PHOTO[1]} pixels; loading and evaluation come on top.",
                                 width)  # fmt: skip
     return lines
 
 
 def as_json(found: Forecast, loaded: Loaded, recipe: Recipe) -> dict[str, Any]:
     """The same for machines; every number in bytes, operations, seconds."""
+    from . import stopwatch
+
     disk = loaded.checkpoint_names()
     weights = []
     for w in found.weights:
@@ -285,7 +317,12 @@ def as_json(found: Forecast, loaded: Loaded, recipe: Recipe) -> dict[str, Any]:
             "operations": total, "operations_under_pattern": under,
             "dense_file_bytes": found.dense_file, "packed_file_bytes": found.packed_file,
         },
-        "predicted": {"seconds": found.seconds, "memory_bytes": found.memory},
+        "predicted": {
+            "seconds": found.seconds(),
+            "cpu_seconds": None if found.stages is None else sum(spent.cpu for spent in found.stages.values()),
+            "by_stage": None if found.stages is None else stopwatch.as_json(found.stages),
+            "memory_bytes": found.memory,
+        },
     }  # fmt: skip
 
 

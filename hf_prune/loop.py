@@ -20,6 +20,7 @@ from .importance import Key, Metric, importance
 from .linalg import dividing, exact_matmul, residuals
 from .objective import Gram
 from .pattern import Pattern, allocate
+from .stopwatch import Stopwatch, as_json, now
 from .window import Window
 
 
@@ -193,8 +194,8 @@ def prune(
     wait in a file in the folder `spill`, and fewer images are computed at once.  blocks: stop after that many.
     Raises ValueError, in one sentence, for everything a user can mend.
     """
-    tell = progress or (lambda event: None)
-    began = time.perf_counter()
+    tell = Stopwatch(progress or (lambda event: None))
+    began = now()
     torch.manual_seed(recipe.seed)
     ranks.check()
     draw = batches if callable(batches) else None
@@ -205,6 +206,7 @@ def prune(
     batch = first[0][0] if first and isinstance(first[0], (tuple, list)) else first[0] if first else None
     with offload.onloaded(model), exact_matmul(), sites.quiet(model):
         device = str(next(model.parameters()).device)
+        tell({"event": "look"})
         small = small_batch(model, batch)
         chosen = choose(model, small, recipe)
         target = Target(**recipe.target)
@@ -243,12 +245,16 @@ def prune(
             layers, told = staged.prune(model, every, labels, recipe, chosen.units, tell, walked, draw, notes, saved)
         else:
             layers = run(model, batches, recipe, chosen, target, tell, folder, store, blocks, micro)
+    tell.lap()
+    took = now().plus(began, -1.0)
     done = {entry["name"]: entry for entry in layers}
     rows = [done.get(r.name) or dense_entry(r) for r in chosen.plan.rows]
     return Report(
         layers=rows,
         resources={
-            "seconds": time.perf_counter() - began,
+            "seconds": took.seconds,
+            "cpu_seconds": took.cpu,
+            "by_stage": as_json(tell.stages()),
             "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
             "device": device,
@@ -285,8 +291,12 @@ def dense_entry(row: Row) -> dict[str, Any]:
 def run(
     model: nn.Module, batches: Sequence[Any], recipe: Recipe, chosen: Selection, target: Target, tell: Any,
     folder: Path | None, store: streams.Store | None = None, blocks: int | None = None, micro: int | None = None,
+    weighed: tuple[list[dict[Key, Tensor]], dict[Key, Metric]] | None = None,
 ) -> list[dict]:  # fmt: skip
-    """Every unit in turn, or the first `blocks`: prune it, remember it, advance both streams through it."""
+    """Every unit in turn, or the first `blocks`: prune it, remember it, advance both streams through it.
+
+    weighed: what `weigh` returns for these batches, where it is known already.
+    """
     named = sites.parameters(model)
     tensors = {**named, **dict(model.named_buffers())}
     way = walk.Walk(model, chosen.units, chosen.small, store)
@@ -297,7 +307,9 @@ def run(
     every = [s for u in chosen.units for s in u.sites]
     if "gram" in evidence(recipe) and (target.importance > 0 or target.metric > 0):
         tell({"event": "stage", "text": "weighing samples by their influence on the output"})
-        weights, metrics = weigh(model, every, batches, target, recipe.seed, saved, min(micro or 8, 8), way.store)
+        weights, metrics = weighed or weigh(
+            model, every, batches, target, recipe.seed, saved, min(micro or 8, 8), way.store
+        )
         for pair, w in zip(pairs, weights, strict=True):
             pair.weights = streams.Lazy(way.store.keep(w))
     small = way.enter([chosen.small])[0]
@@ -313,6 +325,7 @@ def run(
         tell({"event": "layer", "block": unit.name, "index": len(report), "layers": len(chosen.patterns), **entry})
 
     for i, unit in enumerate(chosen.units[:blocks]):
+        tell({"event": "block", "block": unit.name})
         if way.mode != "prefix":
             dense = {n: t for n, t in dense.items() if n in lasting}
         names = [n for s in unit.sites for n in (s.parameter, s.bias, s.norm) if n]
@@ -333,6 +346,7 @@ def run(
         for key in [k for k, unit_ in last.items() if unit_ == i]:  # nothing asks for them again
             metrics.pop(key, None)
         if i + 1 < len(chosen.units[:blocks]) and uses_activations(recipe):
+            tell({"event": "advance", "block": unit.name})
             two = recipe.refine is not None or target.mix > 0
 
             def step(pair: Pair, i: int = i, two: bool = two, dense: dict[str, Tensor] = dense) -> None:

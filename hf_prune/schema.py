@@ -142,6 +142,15 @@ RESOURCES: Keys = {
     "device": (_text, "a device"),
     "world_size": (lambda value: _count(value) and value >= 1, "at least 1"),
 }
+RESOURCES_LATER: Keys = {
+    "cpu_seconds": (_number, "a number"),
+    "by_stage": (
+        lambda value: _mapping(value) and all(
+            _mapping(v) and _number(v.get("seconds")) and _number(v.get("cpu_seconds")) for v in value.values()
+        ),
+        'a mapping of stage to {"seconds", "cpu_seconds"}',
+    ),
+}
 
 
 def problems(report: Any) -> list[str]:
@@ -156,6 +165,9 @@ def problems(report: Any) -> list[str]:
     for key, keys in (("model", MODEL), ("calibration", CALIBRATION), ("resources", RESOURCES)):
         if isinstance(report.get(key), Mapping):
             found += _against(report[key], keys, f"{key}.")
+    if isinstance(report.get("resources"), Mapping):
+        there = {key: check for key, check in RESOURCES_LATER.items() if key in report["resources"]}
+        found += _against(report["resources"], there, "resources.")
     for index, layer in enumerate(report["layers"] if isinstance(report.get("layers"), list) else []):
         found += _layer(layer, f"layers[{index}].")
     if isinstance(report.get("evaluation"), Mapping):

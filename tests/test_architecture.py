@@ -39,6 +39,7 @@ MODEL = {
     "channels",
     "permute",
     "cost",
+    "stopwatch",
     "similarity",
     "semi_structured",
 }

@@ -1,14 +1,15 @@
 """`hf-prune plan`: bytes to the last one, kernels by torch's own rules, operations by the closed form, 80 columns."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import vision
 
-from hf_prune import backends, cli, cost, forecast, models, recipe
-from hf_prune.loop import choose
+from hf_prune import backends, cli, cost, forecast, models, recipe, stopwatch
+from hf_prune.loop import choose, prune
 
 
 def planned(folder: Path, **flags):
@@ -120,10 +121,48 @@ def test_seconds_are_measured_without_touching_the_model(name, tmp_path) -> None
     chosen = recipe.load(name, nm="2:4", permute="magnitude")
     batch = cli._probe(loaded)
     few, many = (cost.seconds(loaded.module, batch, chosen, n) for n in (2, 20000))
-    assert few > 0 and (name == "magnitude" or many > 3 * few), "images cost time, except where none are looked at"
+    assert few.keys() == many.keys() and (few.keys() >= {stopwatch.LOOKING, stopwatch.BLOCKS})
+    spent = [sum(stage.cpu for stage in found.values()) for found in (few, many)]
+    assert spent[0] > 0 and (name == "magnitude" or spent[1] > 3 * spent[0]), "images cost time"
     assert all(torch.equal(before[n], p) for n, p in loaded.module.state_dict().items())
     staged = recipe.load("chita", sparsity=0.5)
     assert cost.seconds(loaded.module, batch, staged, 20) is None
+
+
+def test_one_block_of_every_kind_is_timed_and_stands_for_the_others() -> None:
+    kinds = ["a"] * 6 + ["b"] * 3 + ["c"]
+    assert cost._spots(kinds, deep=False) == [0, 1, 6, 7, 9]
+    assert cost._spots(kinds, deep=True) == [0, 1, 5, 6, 7, 8, 9]
+    one = stopwatch.Spent(1.0, 1.0)
+    flat = {0: one.plus(one), 1: one, 6: one, 7: one, 9: one}
+    assert cost._summed(kinds, flat) == (11.0, 11.0)
+    rising = {0: one, 1: one.plus(one), 5: one.plus(one, 5), 6: one, 8: one, 9: one}
+    assert cost._summed(kinds, rising) == (21.0 + 4, 21.0 + 4), "1 + ... + 6 on a line, then 3 and 1"
+
+
+def test_images_of_the_probe_have_the_range_and_the_smoothness_of_photographs() -> None:
+    given = {"pixel_values": torch.rand(2, 3, 48, 64) * 4 - 2, "flag": torch.tensor([1, 2])}
+    made = cost._images(given, 5, seed=0)
+    pixels = made["pixel_values"]
+    assert pixels.shape == (5, 3, 48, 64) and made["flag"].tolist() == [1, 2, 1, 2, 1]
+    assert -2 <= float(pixels.min()) < -1 and 1 < float(pixels.max()) <= 2
+    beside = torch.corrcoef(torch.stack([pixels[..., :-1].flatten(), pixels[..., 1:].flatten()]))[0, 1]
+    assert 0.8 < float(beside) < 0.99, "noise has 0"
+    assert not torch.equal(pixels, cost._images(given, 5, seed=1)["pixel_values"])
+
+
+def test_stages_of_a_run_add_up_and_are_those_of_the_plan(tmp_path) -> None:
+    vision.hf_folder(tmp_path / "vit")
+    loaded = models.load(str(tmp_path / "vit"))
+    chosen = recipe.load("snows", nm="2:4", samples=8, batch_size=4)
+    small = cli._probe(loaded)
+    said = cost.seconds(loaded.module, small, chosen, 8)
+    seen = []
+    took = prune(loaded.module, [cost._images(small, 4, k) for k in range(2)], chosen, progress=seen.append).resources
+    assert took["by_stage"].keys() == {stopwatch.READING, *said}
+    assert took["seconds"] == pytest.approx(sum(s["seconds"] for s in took["by_stage"].values()), rel=0.05)
+    blocks, layers = ([e["block"] for e in seen if e["event"] == kind] for kind in ("block", "layer"))
+    assert blocks == list(dict.fromkeys(layers)) and len(blocks) > 1
 
 
 def test_plan_and_dry_run_say_the_same(tmp_path, capsys) -> None:
@@ -131,7 +170,7 @@ def test_plan_and_dry_run_say_the_same(tmp_path, capsys) -> None:
     said = []
     for words in (["plan", str(tmp_path / "vit"), "--nm", "2:4"], [str(tmp_path / "vit"), "--nm", "2:4", "--dry-run"]):
         assert cli.main(words) == 0
-        said.append([line for line in capsys.readouterr().out.splitlines() if not line.startswith("Time: ")])
+        said.append(re.sub(r"^Time: .*?(?=^Dry run)", "", capsys.readouterr().out, flags=re.MULTILINE | re.DOTALL))
     assert said[0] == said[1] and "Dry run: nothing was pruned and nothing was written." in said[0]
     assert cli.main(["plan", str(tmp_path / "vit"), "--nm", "2:4", "--jsn"]) == 2
     assert cli.main(["plan", str(tmp_path / "vit")]) == 2

@@ -129,6 +129,19 @@ def test_a_measurement_goes_into_the_report_and_the_card(chosen, tmp_path):
     assert verify.verify(folder).problems == [], "the card still says what hf_prune.json says"
 
 
+def test_a_card_written_in_by_hand_stays(tmp_path, monkeypatch, capsys):
+    folder = pruned(tmp_path)
+    mine = (folder / "README.md").read_text() + "\nMy own words.\n"
+    (folder / "README.md").write_text(mine)
+    speed = semi_structured.Speed("X", "2.9", "float16", [layer("a.weight", 1e-3, 5e-4, 64)], ["a.weight"], [])
+    monkeypatch.setattr(semi_structured, "missing", lambda device: None)
+    monkeypatch.setattr(bench, "measured", lambda *args: json.loads(json.dumps(speed.as_json())))
+    assert cli.main(["bench", str(folder)]) == 0
+    told = capsys.readouterr()
+    assert "changed by hand" in told.err and "hf_prune.json holds this measurement now" in told.out
+    assert (folder / "README.md").read_text() == mine and checkpoint.read(folder)["speed"]["chosen"] == ["a.weight"]
+
+
 def test_other_patterns_are_refused(tmp_path, capsys):
     assert cli.main(["bench", str(pruned(tmp_path, "1:4"))]) == 2
     assert "pruned 1:4; the sparse tensor cores take 2:4 only" in capsys.readouterr().err
