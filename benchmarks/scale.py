@@ -120,7 +120,8 @@ def measured(
         with tempfile.TemporaryDirectory() as folder:
             given = images(samples, batch, pixels)
             limits = {"host_memory": host, "spill": folder, "blocks": blocks}
-            loop.prune(model, given, chosen_recipe, checkpoint=kept, progress=tell, **limits)
+            if blocks != 0:  # 0: the plan alone
+                loop.prune(model, given, chosen_recipe, checkpoint=kept, progress=tell, **limits)
         return {
             "predicted": peak, "measured": memory.resident("VmHWM"), "base": base,
             "seconds": time.process_time() - began, "parameters": sum(p.numel() for p in model.parameters()),
@@ -485,7 +486,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=tuple(PARTS))
     parser.add_argument("--vit", choices=("L", "H"))
-    parser.add_argument("--blocks", type=int)
+    parser.add_argument("--blocks", type=int, help="stop after so many; 0: the plan alone")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--host-memory")
