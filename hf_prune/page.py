@@ -38,7 +38,8 @@ th, td { text-align: left; padding: .18rem .9rem .18rem 0; border-bottom: 1px so
 td.n, th.n { text-align: right; }
 details { margin: .4rem 0; }
 summary { cursor: pointer; color: #004f7c; font-size: .92rem; }
-pre { background: #f5f5f5; padding: .6rem .8rem; overflow-x: auto; font-size: .85rem; }
+pre { background: #f5f5f5; padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  font-size: .85rem; }
 code { overflow-wrap: anywhere; }
 """
 

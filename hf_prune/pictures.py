@@ -164,9 +164,9 @@ def depth(reports: Reports) -> Picture:
     for i, (name, part) in enumerate(found.items()):
         x = range(len(part["blocks"]))
         values = {key: [b[key] for b in part["blocks"]] for key in ("cka", "cosine", "relative_error")}
-        said = f"{name}: " if len(found) > 1 else ""
+        said = f"{name}: " if len(reports) > 1 else ""
         line = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7]}
-        for key in ("cka", "relative_error"):  # None: nothing to tell, a gap
+        for key in values:  # None: nothing to tell, a gap
             values[key] = [float("nan") if value is None else value for value in values[key]]
         left.plot(x, values["cka"], label=f"{said}CKA", **line)
         left.plot(x, values["cosine"], linestyle=":", markerfacecolor="white", label=f"{said}cosine", **line)
@@ -186,7 +186,7 @@ def depth(reports: Reports) -> Picture:
     _legend(right)
     ends = ", ".join(
         f"{name} {part['blocks'][-1]['cosine']:.2f}" for name, part in found.items() if part["blocks"][-1]["cosine"]
-    )
+    ) or "not known, because channels were reordered and their order not recorded"
     counts = " or ".join(map(str, sorted({part["images"] for part in found.values()})))
     made.words = (
         f"Outputs of every block of the pruned model against the dense one's, on {counts} "
@@ -383,7 +383,8 @@ def times(reports: Reports) -> Picture:
     made.head = [*(["folder"] if len(spent) > 1 else []), "kind of weight, or stage", "seconds"]
     totals = ", ".join(f"{name} {report['resources']['seconds']:.1f} s" for name, report in reports.items())
     made.words = (
-        "Seconds by kind of weight (statistics, mask and solve), below them what belongs to no single weight. "
+        "Seconds by kind of weight (mask and solve, and statistics, which count with the first weight that needs them); "
+        "below them what belongs to no single weight. "
         f"In all: {totals}."
     )
     return made
