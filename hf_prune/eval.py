@@ -438,7 +438,7 @@ def _worst(classes: Mapping[str, Any]) -> list[str]:
     if not classes["judged"]:
         return [f"No class has {classes['fewest']} images: which ones lost most cannot be told."]
     if not classes["worst"]:
-        return ["No class lost an image net."]
+        return [f"None of the {classes['judged']} classes with {classes['fewest']} images or more lost an image net."]
     lines = ["", f"Classes that lost most, of {classes['judged']} with {classes['fewest']} images or more "
                  f"(p: over all of them)"]  # fmt: skip
     for row in classes["worst"][:5]:

@@ -383,9 +383,8 @@ def times(reports: Reports) -> Picture:
     made.head = [*(["folder"] if len(spent) > 1 else []), "kind of weight, or stage", "seconds"]
     totals = ", ".join(f"{name} {report['resources']['seconds']:.1f} s" for name, report in reports.items())
     made.words = (
-        "Seconds by kind of weight (mask and solve, and statistics, which count with the first weight that needs them); "
-        "below them what belongs to no single weight. "
-        f"In all: {totals}."
+        "Seconds by kind of weight (mask, solve, and statistics, which count with the first weight that needs them); "
+        f"below them what belongs to no single weight. In all: {totals}."
     )
     return made
 
