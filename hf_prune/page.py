@@ -278,6 +278,9 @@ def _single(report: Mapping[str, Any]) -> list[str]:
         ["calibration", f"{calibration['samples']} images" + (f" of {sources_name(data)}" if data else "")],
         ["pruning", took + (f", at most {size(host)} of memory" if host else "")],
     ]
+    moved = [g for g in (report.get("permutation") or {"groups": []})["groups"] if g["reason"] is None]
+    if moved:
+        rows.insert(1, ["channels reordered", f"{len(moved)} sets; the dense model computes what it did"])
     told = report["evaluation"]
     if not told:
         return [_table((), rows), "<p class=note>Not evaluated: nothing is known about its accuracy.</p>"]
