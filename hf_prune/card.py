@@ -36,7 +36,7 @@ def render(report: Mapping[str, Any], *, name: str | None = None) -> str:
         title=code(title),
         intro=_intro(report),
         pattern_words=_pattern_words(report["pattern"]),
-        weights_words=_weights_words(report["layers"]),
+        weights_words=_weights_words(report["layers"]) + _order_words(report),
         stored_words=_stored_words(report),
         snippet=_snippet(report, title),
         results=_results(report),
@@ -127,6 +127,19 @@ def _weights_words(layers: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"{len(pruned)} of {len(layers)} weight tensors follow it; {zeros:.1f} % of their {total:,} entries are zero, "
         f"each tensor was checked against the pattern before it was written."
+    )
+
+
+def _order_words(report: Mapping[str, Any]) -> str:
+    """That weights do not stand where the dense model has them, where channels were reordered."""
+    groups = (report.get("permutation") or {"groups": []})["groups"]
+    moved = sum(group["reason"] is None for group in groups)
+    if not moved:
+        return ""
+    sets = "One set of channels was" if moved == 1 else f"{moved} sets of channels were"
+    return (
+        f" {sets} put in another order before that, which leaves what the dense model computes as it was; their "
+        "weights do not stand where the dense model has them."
     )
 
 

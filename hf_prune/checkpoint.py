@@ -253,8 +253,22 @@ def to_yaml(values: Mapping[str, Any]) -> str:
 
 
 def weight_bytes(folder: str | Path) -> int:
-    """Bytes of the weight files in an output folder."""
-    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    """Bytes of the weights in an output folder: of the dense files, or of the packed one where it is alone."""
+    dense, packed = _files(folder)
+    return sum(dense) if dense else sum(packed)
+
+
+def packed_bytes(folder: str | Path) -> int | None:
+    """Bytes of the packed file that stands beside the dense ones, if one does."""
+    dense, packed = _files(folder)
+    return sum(packed) if dense and packed else None
+
+
+def _files(folder: str | Path) -> tuple[list[int], list[int]]:
+    found: tuple[list[int], list[int]] = ([], [])
+    for path in Path(folder).glob("*.safetensors"):
+        found[sources.COMPRESSED.fullmatch(path.name) is not None].append(path.stat().st_size)
+    return found
 
 
 def size(count: float) -> str:

@@ -339,7 +339,8 @@ def run(args: Mapping[str, Any], words: Sequence[str], plan_only: Mapping[str, b
         if args.get("report") and state.is_main_process:
             from . import eval as evaluating
 
-            evaluation["depth"] = evaluating.depth(dense, loaded.module, judged, chosen.recipe.batch_size)
+            size = chosen.recipe.batch_size
+            evaluation["depth"] = evaluating.depth(dense, loaded.module, judged, size, result.permutation)
 
     def write() -> None:
         made = report.compose(
@@ -364,7 +365,8 @@ def run(args: Mapping[str, Any], words: Sequence[str], plan_only: Mapping[str, b
             from . import page
 
             say.notes(page.write([folder])[1])
-        say("\n" + report.summary(made, folder, checkpoint.weight_bytes(folder)))
+        stored = checkpoint.weight_bytes(folder)
+        say("\n" + report.summary(made, folder, stored, checkpoint.packed_bytes(folder)))
 
     samples, skipped = _counts(calibration)
     on_main(state, write)

@@ -173,6 +173,7 @@ def _permuting(
         )
 
     once, rounds = order(1, 1), permute.Options().rounds
+    batches = min(batches, permute.Options().images / len(_tensors(given[0])[0]))  # it looks at no more
     more = _risen(once, order(MANY, 1)) if batches > 1 else Spent()
     ten = _risen(once, order(1, 11))
     return once.plus(more, (batches - 1) / (MANY - 1)).plus(ten, (rounds - 1) / 10)

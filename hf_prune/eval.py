@@ -104,7 +104,7 @@ def run(words: Sequence[str]) -> int:
         say.notes([f"split {image_set.split} also calibrated it: the figures flatter the pruned model."])
     kept = Kept(_place(args.name, folder if local else None), _key(asked, report, dense, state), state.process_index)
     try:
-        found = _measure(args, dense, pruned, image_set, kept, state, say)
+        found = _measure(args, report, dense, pruned, image_set, kept, state, say)
     except KeyboardInterrupt:
         if state.is_main_process:
             print(f"hf-prune: stopped; {kept.count} measured images are kept: the same command goes on after them.",
@@ -229,6 +229,7 @@ def _time() -> str:
 # ------------------------------------------------------------------------------------------------------------ measured
 def _measure(
     args: argparse.Namespace,
+    report: Mapping[str, Any],
     dense: Loaded,
     pruned: nn.Module,
     image_set: ImageSet,
@@ -248,19 +249,30 @@ def _measure(
     if state.is_main_process:
         say.stage("comparing the two models block by block")
         with _memory(args.batch_size):
-            found["depth"] = depth(dense, pruned, image_set, args.batch_size)
+            found["depth"] = depth(dense, pruned, image_set, args.batch_size, report.get("permutation"))
     return found
 
 
-def depth(dense: Loaded, pruned: nn.Module, image_set: ImageSet, batch_size: int) -> dict[str, Any]:
-    """The `depth` of an evaluation: both models inside, on the first images of this rank's share."""
-    from . import similarity
+def depth(
+    dense: Loaded, pruned: nn.Module, image_set: ImageSet, batch_size: int, permutation: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The `depth` of an evaluation: both models inside, on the first images of this rank's share.
+
+    permutation: of the pruning run; the dense model's channels are put in the same order, on a copy.
+    """
+    import copy
+
+    from . import cli, permute, similarity
     from .calibration import batches
 
     limit = image_set.samples
     image_set.samples = min(limit or DEPTH_IMAGES, DEPTH_IMAGES * image_set.world_size)
     try:
-        blocks = similarity.by_depth(dense.module, pruned, batches(image_set, dense, batch_size))
+        module, ordered = dense.module, True
+        if permutation and permutation["groups"]:
+            module = copy.deepcopy(module)
+            ordered = permute.again(module, cli._probe(dense), permutation)
+        blocks = similarity.by_depth(module, pruned, batches(image_set, dense, batch_size), ordered=ordered)
         return {"images": image_set.yielded, "blocks": blocks}
     finally:
         image_set.samples = limit
@@ -426,7 +438,7 @@ def _worst(classes: Mapping[str, Any]) -> list[str]:
     if not classes["judged"]:
         return [f"No class has {classes['fewest']} images: which ones lost most cannot be told."]
     if not classes["worst"]:
-        return ["No class lost an image net."]
+        return [f"None of the {classes['judged']} classes with {classes['fewest']} images or more lost an image net."]
     lines = ["", f"Classes that lost most, of {classes['judged']} with {classes['fewest']} images or more "
                  f"(p: over all of them)"]  # fmt: skip
     for row in classes["worst"][:5]:

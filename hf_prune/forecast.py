@@ -234,7 +234,7 @@ def _on_disk(loaded: Loaded, state: dict[str, Tensor]) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------------------ in words
 def text(found: Forecast, *, width: int = plans.WIDTH) -> str:
     """The table and the totals, at most 80 columns; a name that is longer has a line of its own."""
-    head = ("weight", "shape", "keep", "on", "kB", "packed", "MFLOP")
+    head = ("weight", "shape", "pattern", "on", "kB", "packed", "MFLOP")
     rows = []
     for w in found.weights:
         letters = "".join(LETTERS[b] if why is None else "-" for b, why in w.backends.items())

@@ -73,7 +73,7 @@ def match(
     if ours is None or theirs is None:
         return _unnamed(dataset_names, ours, theirs, count)
     shift = 1 if _plain(theirs[0].text) in BACKGROUND and _plain(ours[0].text) not in BACKGROUND else 0
-    note = "the model's class 0 is background; it is never right." if shift else None
+    note = "the model's class 0, background, is none of the dataset's: that answer is always wrong." if shift else None
     if len(ours) + shift == len(theirs):
         differing = [i for i, name in enumerate(ours) if not name.same(theirs[i + shift])]
         if len(differing) <= (1 - AGREE) * len(ours) and not _elsewhere(ours, theirs, differing):

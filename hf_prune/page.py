@@ -38,7 +38,8 @@ th, td { text-align: left; padding: .18rem .9rem .18rem 0; border-bottom: 1px so
 td.n, th.n { text-align: right; }
 details { margin: .4rem 0; }
 summary { cursor: pointer; color: #004f7c; font-size: .92rem; }
-pre { background: #f5f5f5; padding: .6rem .8rem; overflow-x: auto; font-size: .85rem; }
+pre { background: #f5f5f5; padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  font-size: .85rem; }
 code { overflow-wrap: anywhere; }
 """
 
@@ -277,6 +278,9 @@ def _single(report: Mapping[str, Any]) -> list[str]:
         ["calibration", f"{calibration['samples']} images" + (f" of {sources_name(data)}" if data else "")],
         ["pruning", took + (f", at most {size(host)} of memory" if host else "")],
     ]
+    moved = [g for g in (report.get("permutation") or {"groups": []})["groups"] if g["reason"] is None]
+    if moved:
+        rows.insert(1, ["channels reordered", f"{len(moved)} sets; the dense model computes what it did"])
     told = report["evaluation"]
     if not told:
         return [_table((), rows), "<p class=note>Not evaluated: nothing is known about its accuracy.</p>"]

@@ -8,7 +8,8 @@ give the same outputs up to rounding is put back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ class Options:
     """
 
     rounds: int = 30
-    images: int = 64
+    images: int = 256
     readers: int = 4
     power: float = 1.0
     ridge: float = 0.1
@@ -49,6 +50,7 @@ class Group:
     readers: list[tuple[str, int]]  # (parameter, its dimension)
     kept: tuple[float, float] = (0.0, 0.0)  # share of the score under the mask: before, after
     reason: str | None = None  # why the order stayed
+    order: Tensor | None = None  # (*along, channels), as `apply` takes it
 
 
 def groups(model: nn.Module, batch: Any, sites: list[Site], patterns: dict[str, Pattern]) -> list[Group]:
@@ -229,9 +231,32 @@ def permute(
                     tensors[name].copy_(t)
             g.reason = f"the reordered model's outputs moved by {worst:.1g} of their spread"
             continue
+        g.order = order
         for name in read & members.keys():
             worth[name] = reorder(worth[name], members[name], c, order)
     return found
+
+
+def again(model: nn.Module, batch: Any, permutation: Mapping[str, Any]) -> bool:
+    """Reorder the channels of a dense model in place as a run did, so that its activations can be held against the
+    pruned model's value by value.  batch: one or two images.  permutation: what `told` made of the run; False, and
+    nothing done, where it does not hold the orders, or they do not belong to this model.
+    """
+    left = channels.find(model, batch)
+    tensors = {**parameters(model), **dict(model.named_buffers())}
+    moves = []
+    for each in permutation["groups"]:
+        if each["reason"] is not None:
+            continue
+        names, order = set(each["weights"]), [int(k) for k in each.get("order", "").split()]
+        like = [c for c in left if {member.name for member in c.members} == names and c.size == each["channels"]]
+        if not like or len(order) != math.prod([like[0].size, *(a.size for a in like[0].along)]):
+            return False
+        left = [c for c in left if c is not like[0]]
+        moves.append((like[0], torch.tensor(order).view(*[a.size for a in like[0].along], like[0].size)))
+    for c, order_ in moves:
+        apply(tensors, c, order_)
+    return True
 
 
 def said(found: list[Group]) -> list[str]:
@@ -262,6 +287,8 @@ def told(found: list[Group], score: str) -> dict[str, Any]:
                 "kept_before": g.kept[0],
                 "kept_after": g.kept[0] if g.reason else g.kept[1],
                 "reason": g.reason,
+                # text, because a list would be a line per channel
+                **({} if g.order is None else {"order": " ".join(map(str, g.order.flatten().tolist()))}),
             }
         )
     return {"score": score, "groups": listed}

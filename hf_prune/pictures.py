@@ -164,9 +164,9 @@ def depth(reports: Reports) -> Picture:
     for i, (name, part) in enumerate(found.items()):
         x = range(len(part["blocks"]))
         values = {key: [b[key] for b in part["blocks"]] for key in ("cka", "cosine", "relative_error")}
-        said = f"{name}: " if len(found) > 1 else ""
+        said = f"{name}: " if len(reports) > 1 else ""
         line = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7]}
-        for key in ("cka", "relative_error"):  # None: nothing to tell, a gap
+        for key in values:  # None: nothing to tell, a gap
             values[key] = [float("nan") if value is None else value for value in values[key]]
         left.plot(x, values["cka"], label=f"{said}CKA", **line)
         left.plot(x, values["cosine"], linestyle=":", markerfacecolor="white", label=f"{said}cosine", **line)
@@ -186,7 +186,7 @@ def depth(reports: Reports) -> Picture:
     _legend(right)
     ends = ", ".join(
         f"{name} {part['blocks'][-1]['cosine']:.2f}" for name, part in found.items() if part["blocks"][-1]["cosine"]
-    )
+    ) or "not known, because channels were reordered and their order not recorded"
     counts = " or ".join(map(str, sorted({part["images"] for part in found.values()})))
     made.words = (
         f"Outputs of every block of the pruned model against the dense one's, on {counts} "
@@ -351,7 +351,7 @@ def convergence(reports: Reports) -> Picture:
 
 
 def times(reports: Reports) -> Picture:
-    """Seconds by kind of weight, and what is not of any weight."""
+    """Seconds by kind of weight, and of what is not of any weight by stage of the run."""
     made = Picture("time", "Where the time went", "")
     spent: dict[str, dict[str, float]] = {}
     for name, report in reports.items():
@@ -364,10 +364,10 @@ def times(reports: Reports) -> Picture:
         few = {kind: kinds[kind] for kind in ranked[:8]}
         if len(ranked) > 8:
             few["other weights"] = sum(kinds[kind] for kind in ranked[8:])
-        few["between the weights"] = max(0.0, report["resources"]["seconds"] - sum(kinds.values()))
-        spent[name] = few
-    kinds_ = list(dict.fromkeys(kind for few in spent.values() for kind in few if kind != "between the weights"))
-    kinds_.append("between the weights")
+        spent[name] = few | _apart(report, sum(kinds.values()))
+    apart = dict.fromkeys(kind for few in spent.values() for kind in few if kind in STAGES)
+    kinds_ = [k for k in dict.fromkeys(kind for few in spent.values() for kind in few) if k not in apart]
+    kinds_ += sorted(apart, key=STAGES.index)
     made.figure, axes = _figure(height=0.9 + 0.25 * len(kinds_) * min(2, len(spent)))
     thick = 0.8 / len(spent)
     for i, (name, few) in enumerate(spent.items()):
@@ -380,13 +380,34 @@ def times(reports: Reports) -> Picture:
     axes.set_xlabel("seconds")
     if len(spent) > 1:
         _legend(axes)
-    made.head = [*(["folder"] if len(spent) > 1 else []), "kind of weight", "seconds"]
+    made.head = [*(["folder"] if len(spent) > 1 else []), "kind of weight, or stage", "seconds"]
     totals = ", ".join(f"{name} {report['resources']['seconds']:.1f} s" for name, report in reports.items())
     made.words = (
-        "Seconds of pruning by kind of weight: statistics, mask and solve. Between the weights: finding the blocks, "
-        f"weighing the samples, moving the images from block to block. In all: {totals}."
+        "Seconds by kind of weight (mask, solve, and statistics, which count with the first weight that needs them); "
+        f"below them what belongs to no single weight. In all: {totals}."
     )
     return made
+
+
+WITHIN, REST = "blocks, beside the weights", "between the weights"
+STAGES = [
+    "reading images", "looking at the model", "reordering channels", "weighing samples", WITHIN, "between blocks",
+    "other", REST,
+]  # fmt: skip
+
+
+def _apart(report: Mapping[str, Any], weights: float) -> dict[str, float]:
+    """Seconds of the stages of a run (stopwatch.py) beside those of its weights; early files hold no stages."""
+    stages = report["resources"].get("by_stage")
+    if not stages:
+        return {REST: max(0.0, report["resources"]["seconds"] - weights)}
+    seconds = {stage: told["seconds"] for stage, told in stages.items()}
+    blocks = seconds.pop("pruning blocks", None)
+    if blocks is None:  # of a run that sees the whole model at once
+        seconds["other"] = max(0.0, seconds.get("other", 0.0) - weights)
+    else:
+        seconds[WITHIN] = max(0.0, blocks - weights)
+    return {stage if stage in STAGES else "other": took for stage, took in seconds.items()}
 
 
 # --------------------------------------------------------------------------------------------------------- small parts

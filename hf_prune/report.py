@@ -106,8 +106,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def summary(report: Mapping[str, Any], folder: str | Path, stored: int) -> str:
-    """The end of the command, at most 80 columns wide.  stored: bytes of the weight files."""
+def summary(report: Mapping[str, Any], folder: str | Path, stored: int, packed: int | None = None) -> str:
+    """The end of the command, at most 80 columns wide.  stored: bytes of the weight files.  packed: of the packed one
+    beside them."""
     layers = report["layers"]
     pruned = [layer for layer in layers if layer["pattern"]]
     total = sum(layer["total"] for layer in pruned)
@@ -119,7 +120,8 @@ def summary(report: Mapping[str, Any], folder: str | Path, stored: int) -> str:
         "",
     ]
     lines += _scores(report["evaluation"])
-    lines.append(f"{folder}/  {size(stored)} of weights, {duration(report['resources']['seconds'])} of pruning")
+    beside = "" if packed is None else f" ({size(packed)} packed)"
+    lines.append(f"{folder}/  {size(stored)} of weights{beside}, {duration(report['resources']['seconds'])} of pruning")
     return "\n".join(lines)
 
 

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from . import sites, walk
 
 
-def by_depth(dense: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> list[dict[str, Any]]:
+def by_depth(
+    dense: nn.Module, pruned: nn.Module, batches: Iterable[Any], *, ordered: bool = True
+) -> list[dict[str, Any]]:
     """One entry per block in execution order: {"name", "relative_error", "cosine", "cka", "largest"}.
 
     batches: as the models take them, at least one; CKA needs 4 images in one, and is None without. relative_error:
     sum ||z - z_d||^2 / sum ||z_d||^2 of the block's output. cosine: mean over images of the whole output.
+    ordered: whether channels stand in the same order in both; if not, what compares value by value is None.
     largest: share of sum ||z_d||^2 that the largest value of each image holds; near 1, it decides the other three.
     """
     names: list[str] = []
@@ -38,7 +41,7 @@ def by_depth(dense: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> lis
             if name in before and name in after and before[name].shape == after[name].shape:
                 add = _sums(before[name], after[name])
                 sums[name] = sums[name] + add if name in sums else add
-    return [{"name": name, **_figures(sums[name])} for name in names if name in sums]
+    return [{"name": name, **_figures(sums[name], ordered)} for name in names if name in sums]
 
 
 def _outputs(model: nn.Module, names: list[str], batch: Any) -> dict[str, Tensor]:
@@ -88,12 +91,12 @@ def hsic(k: Tensor, ell: Tensor) -> Tensor:
     return (product - 2 * (k.sum(0) @ ell.sum(1)) / (n - 2)) / (n * (n - 3))
 
 
-def _figures(sums: Tensor) -> dict[str, float | None]:
+def _figures(sums: Tensor, ordered: bool = True) -> dict[str, float | None]:
     error, norm, cosine, count, largest, both, one, other = sums.tolist()
     scale = one * other
     return {
-        "relative_error": error / norm if norm else None,
-        "cosine": cosine / count,
+        "relative_error": error / norm if norm and ordered else None,
+        "cosine": cosine / count if ordered else None,
         "largest": largest / norm if norm else None,
         # of unrelated outputs the estimate scatters around 0; where one side does not vary at all there is none
         "cka": both / math.sqrt(scale) if one > 0 and other > 0 else None,

@@ -230,3 +230,10 @@ def test_durations(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(("pattern", "text"), [("2:4", "2of4"), ("70% (layer)", "70pct"), ("12.5% (model)", "12.5pct")])
 def test_slugs(pattern: str, text: str) -> None:
     assert card.slug(pattern) == text
+
+
+def test_the_card_says_that_channels_were_reordered() -> None:
+    assert "another order" not in card.render(full())
+    group = {"channels": 8, "weights": ["a"], "readers": ["b"], "kept_before": 0.7, "kept_after": 0.8, "reason": None}
+    told = full() | {"permutation": {"score": "activation", "groups": [group, group, {**group, "reason": "it moved"}]}}
+    assert "2 sets of channels were put in another order before that" in card.render(told)

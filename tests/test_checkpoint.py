@@ -350,3 +350,13 @@ def test_the_documentation_names_every_key_of_the_schema(repo_root: Path) -> Non
 )
 def test_sizes(count: float, text: str) -> None:
     assert checkpoint.size(count) == text
+
+
+def test_weights_that_are_stored_twice_are_counted_once(tmp_path: Path) -> None:
+    for name, count in (("model-00001-of-00002.safetensors", 10), ("model-00002-of-00002.safetensors", 5),
+                        ("model.sparse24.safetensors", 8)):  # fmt: skip
+        (tmp_path / name).write_bytes(b"x" * count)
+    assert (checkpoint.weight_bytes(tmp_path), checkpoint.packed_bytes(tmp_path)) == (15, 8)
+    for path in tmp_path.glob("model-*"):
+        path.unlink()
+    assert (checkpoint.weight_bytes(tmp_path), checkpoint.packed_bytes(tmp_path)) == (8, None), "--compressed-only"

@@ -181,6 +181,16 @@ def test_numbers_behind_the_pictures(drawn: dict[str, pictures.Picture]) -> None
     assert drawn["convergence"].figure is None and drawn["weights"].words == "no weights."
 
 
+def test_time_is_drawn_by_stage_where_stages_were_recorded() -> None:
+    told = full()
+    stages = {"reading images": 0.5, "pruning blocks": 10.0, "weighing samples": 1.0, "a later stage": 0.5}
+    told["resources"]["by_stage"] = {k: {"seconds": v, "cpu_seconds": v} for k, v in stages.items()}
+    (found,) = [each for each in pictures.draw({"a": told}) if each.file == "time"]
+    assert found.rows == [["mlp.fc2", 6.0], ["mlp.fc1", 3.0], ["reading images", 0.5], ["weighing samples", 1.0],
+                          [pictures.WITHIN, 1.0], ["other", 0.5]]  # fmt: skip
+    assert sum(seconds for _, seconds in found.rows) == told["resources"]["seconds"]
+
+
 def test_convergence_is_drawn_where_it_was_recorded() -> None:
     told = full()
     told["layers"][2]["convergence"] = {"every": 2, "residuals": [1.0, 0.1, 1e-3]}

@@ -1,6 +1,7 @@
 """Reordering channels: the dense model computes the same, the mask keeps more, and nothing else changes."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -148,3 +149,20 @@ def test_images_for_the_scores_are_drawn_by_content():
     drawn = [sorted(float(image.sum()) for batch in part for image in batch) for part in whole]
     assert drawn[0] == drawn[1] == drawn[2] and len(drawn[0]) == 5
     assert sum(len(batch) for batch in permute.some(batches(), 100)) == 16, "where there are fewer, all of them"
+
+
+def test_a_run_is_repeated_on_the_dense_model_from_what_was_recorded():
+    model, dense = net(), net()
+    dense.load_state_dict(model.state_dict())
+    every, patterns = wanted(model)
+    small = batches(1)[0][:2]
+    found = permute.permute(model, batches(), every, patterns, "activation", small)
+    told = json.loads(json.dumps(permute.told(found, "activation")))
+    moved = {name for name, t in dense.state_dict().items() if not torch.equal(t, model.state_dict()[name])}
+    assert moved and permute.again(dense, small, told)
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in dense.state_dict().items())
+    before = {name: t.clone() for name, t in dense.state_dict().items()}
+    for group in told["groups"][1:]:
+        del group["order"]
+    assert not permute.again(dense, small, told), "early files hold no orders"
+    assert all(torch.equal(t, before[name]) for name, t in dense.state_dict().items()), "and nothing was moved"

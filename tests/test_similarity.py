@@ -76,3 +76,16 @@ def test_blocks_in_order_and_where_they_depart() -> None:
     error = error / sum(a.square().sum() for a in outputs[0])
     assert found[1]["relative_error"] == pytest.approx(float(error), rel=1e-5)
     assert not dense[0]._forward_hooks, "no hook is left behind"
+
+
+def test_channels_in_another_order_leave_what_does_not_see_their_order() -> None:
+    dense = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+    moved, order = copy.deepcopy(dense), torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        moved[0].weight.copy_(dense[0].weight[order])
+        moved[0].bias.copy_(dense[0].bias[order])
+        moved[2].weight.copy_(dense[2].weight[:, order])
+    first, last = similarity.by_depth(dense, moved, [torch.randn(8, 8)])
+    assert first["cka"] == pytest.approx(1.0) and first["relative_error"] > 0.1 and last["relative_error"] < 1e-6
+    first, last = similarity.by_depth(dense, moved, [torch.randn(8, 8)], ordered=False)
+    assert first["cka"] == pytest.approx(1.0) and first["relative_error"] is first["cosine"] is None
