@@ -20,6 +20,7 @@ from .sites import Site, _tensors, cut, feed, marks, placed, quiet
 from .streams import Store, load
 from .walk import _hooks
 
+TOGETHER = 8  # images whose gradients are counted in one product
 Key = tuple[int, Any]  # (source, conv): sites that share their input share its weights
 
 
@@ -43,7 +44,7 @@ class Metric:
 
 def importance(
     model: nn.Module, sites: list[Site], batches: list[Any], share: float, metric: float = 0.0, probes: int = 2,
-    seed: int = 0, micro: int = 8, store: Store | None = None,
+    seed: int = 0, micro: int = TOGETHER, store: Store | None = None,
 ) -> tuple[list[dict[Key, Tensor]], dict[Key, Metric]]:  # fmt: skip
     """(weights, metrics): what each sample and each direction of a layer's output weighs.
 
@@ -60,18 +61,22 @@ def importance(
     sites = images_first(model, modules, sites, batches[0]) if len(batches) else sites
     moments: dict[Key, Metric] = {}
     found: list[dict[Key, Tensor]] = []
-    for batch in batches:
+    strong: dict[Key, Strong] | None = {} if metric > 0 else None
+    waiting = 0
+    for k, batch in enumerate(batches):
         pieces: dict[Key, list[Tensor]] = {}
-        strong: dict[Key, Strong] | None = {} if metric > 0 else None
         size = len(_tensors(batch)[0])
         for first in range(0, size, micro):
             part = cut(batch, first, first + micro)
             for key, value in _influence(model, modules, sites, part, probes, seed, strong, store).items():
                 pieces.setdefault(key, []).append(value)
-            # where the moments of all layers may lie on disk, once a batch is often enough
-            if store.budget is None or first + micro >= size:
+            waiting += min(micro, size - first)
+            # where memory is short the moments of all layers lie on disk, and few images are differentiated at once:
+            # then those of several parts are counted together
+            if max(waiting, micro) >= TOGETHER or (k + 1 == len(batches) and first + micro >= size):
                 for key in list(strong or ()):
                     add(moments, key, *(strong or {}).pop(key), store)
+                waiting = 0
         found.append({key: torch.cat(values) for key, values in pieces.items()})
     # a rank without images takes part in the sums all the same
     for key in dict.fromkeys(k for keys in ranks.gather(list(found[0]) if found else []) for k in keys):
