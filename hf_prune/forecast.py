@@ -49,7 +49,8 @@ class Weight:
 class Forecast:
     """dense_file, packed_file: bytes of the safetensors file; packed_file None where the pattern cannot be packed.
     sharded: the dense weights are written as several files, and dense_file leaves out their headers.
-    stages: what each stage of the run takes (stopwatch.py); None where it was not asked for or cannot be told.
+    stages: what each stage of the run takes (stopwatch.py); None where it was not asked for or cannot be told
+    (timeless).
     memory: bytes of the process at its widest point; None where it was not asked for.
     """
 
@@ -60,6 +61,7 @@ class Forecast:
     sharded: bool
     samples: int
     stages: dict[str, Spent] | None = None
+    timeless: bool = False
     memory: int | None = None
 
     def seconds(self) -> float | None:
@@ -118,6 +120,7 @@ def forecast(
     )
     if probe:
         made.stages = cost.seconds(loaded.module, chosen.small, recipe, recipe.samples, tell)
+        made.timeless = made.stages is None
     if made.stages is not None:
         made.stages = {stopwatch.READING: reading(loaded, recipe.samples), **made.stages}
     return made
@@ -288,6 +291,9 @@ def said(found: Forecast, *, width: int = plans.WIDTH) -> list[str]:
                                 f"as busy as it is now, {duration(read)} of it for reading them as photographs of "
                                 f"{PHOTO[0]} x {PHOTO[1]} pixels; loading and evaluation come on top.",
                                 width)  # fmt: skip
+    if found.timeless:
+        lines += plans._wrapped("The time is not predicted: this recipe looks at the whole model at once, not at block "
+                                "after block.", width)  # fmt: skip
     return lines
 
 

@@ -172,7 +172,6 @@ def needs(model: nn.Module, chosen: Any, recipe: Any) -> Needs:
     target = Target(**recipe.target)
     found = {methods.evidence(r["method"]) for r in (recipe.mask, recipe.solve, recipe.refine) if r}
     gram, window = "gram" in found, "window" in found
-    present = resident()
     every = [s for u in chosen.units for s in u.sites]
     weighed = gram and (target.importance > 0 or target.metric > 0)
     influence = weighing = 0
@@ -202,7 +201,7 @@ def needs(model: nn.Module, chosen: Any, recipe: Any) -> Needs:
         own = tuple(4 * w * w for k, w in widths.items() if last[k] == i)
         blocks.append(replace(alike[key], name=unit.name, metrics=own))
     return Needs(
-        present=present,
+        present=resident(),  # now: what a run calls has been loaded by what was measured above
         weights=model_bytes(model),
         image=_bytes(one),
         influence=influence,

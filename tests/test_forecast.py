@@ -170,7 +170,9 @@ def test_plan_and_dry_run_say_the_same(tmp_path, capsys) -> None:
     said = []
     for words in (["plan", str(tmp_path / "vit"), "--nm", "2:4"], [str(tmp_path / "vit"), "--nm", "2:4", "--dry-run"]):
         assert cli.main(words) == 0
-        said.append(re.sub(r"^Time: .*?(?=^Dry run)", "", capsys.readouterr().out, flags=re.MULTILINE | re.DOTALL))
+        said.append(re.sub(r"^Memory: .*?(?=^Dry run)", "", capsys.readouterr().out, flags=re.MULTILINE | re.DOTALL))
     assert said[0] == said[1] and "Dry run: nothing was pruned and nothing was written." in said[0]
+    assert cli.main(["plan", str(tmp_path / "vit"), "--sparsity", ".5", "--recipe", "obd"]) == 0
+    assert "time is not predicted: this recipe looks at the whole model" in " ".join(capsys.readouterr().out.split())
     assert cli.main(["plan", str(tmp_path / "vit"), "--nm", "2:4", "--jsn"]) == 2
     assert cli.main(["plan", str(tmp_path / "vit")]) == 2
