@@ -229,8 +229,8 @@ def large(
         """Layers are told when they are done, everything else when it begins."""
         nonlocal spent, before
         layer = event["event"] == "layer"
-        name = event["block"] if layer and before == "" else before or event.get("block", "")
-        if layer and before:
+        name = event["block"] if layer and before in ("", "block") else before or event.get("block", "")
+        if layer and before not in ("", "block"):
             name += ", and the first layers behind it"
         if event["event"] == "predicted":
             told.update({"predicted": event["peak"], "base": memory.resident()})
@@ -256,7 +256,7 @@ def large_table(known: dict[str, Any]) -> str:
     for kind, told in sorted(known.items(), reverse=True):
         title = {"L": "ViT-L/16, 304 M", "H": "ViT-H/14, 632 M"}[kind]
         for name, step in told["steps"].items():
-            if name not in ("predicted", "start", "images"):
+            if name not in ("predicted", "start", "images", "look", "block", "advance", ""):
                 rows.append([title, f"{told['samples']}", told["host"] or "", name, mib(step["peak"]),
                              f"{step['cpu']:.0f}"])  # fmt: skip
                 title = ""
