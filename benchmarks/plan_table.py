@@ -32,8 +32,8 @@ what is resident. Bytes are those of the safetensors files, dense-stored and pac
 
 The time is measured before the run: the loop itself prunes one block of every kind and the one behind it on one and on
 three batches of synthetic images that are about as correlated as photographs, and every block is taken as a + b *
-batches; the influence of samples and the order of channels are timed apart. It takes about as long as a run on 32
-images. Reading is timed on a photograph of 500 x 375 pixels; the images of these runs are 227 x 227.
+batches; the influence of samples and the order of channels are timed apart. Reading is timed on a
+photograph of 500 x 375 pixels; the images of these runs are 227 x 227.
 """
 
 
