@@ -134,6 +134,7 @@ def vit_tiny() -> dict[str, Any]:
         "M-FAC": {"mask": {"method": "mfac", "ridge": 1e-3}, "fisher": one, **wide},
         "CBS": {"mask": {"method": "cbs", "ridge": 1e-3}, "fisher": one, **wide},
         "CHITA": {"mask": {"method": "chita", "ridge": 1e-3}, "fisher": one, **wide},
+        "CHITA, removal costs": {"mask": {"method": "chita", "ridge": 1e-5, "support": "cost"}, "fisher": one, **wide},
         "CHITA mask + least squares": {"mask": {"method": "chita", "ridge": 1e-3}, "fisher": one, **wide,
                                        "solve": "least_squares"},
         "CHITA, n = 512": {"mask": {"method": "chita", "ridge": 1e-3}, "fisher": {**one, "rows": 512}, **wide,
