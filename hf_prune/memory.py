@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from . import importance, methods
 from .collect import AHEAD, Pair, Stage, Target, find_junctions
 from .objective import Gram
-from .sites import Site, _tensors, cut, quiet
+from .sites import Site, _tensors, cut, feed, quiet
 from .streams import Store
 from .walk import Unit, Walk
 from .window import Window
@@ -186,6 +186,7 @@ def needs(model: nn.Module, chosen: Any, recipe: Any) -> Needs:
     way = Walk.unchecked(model, chosen.units)
     with quiet(model), torch.no_grad():
         inputs, _ = way._record(one)
+        forward = live(lambda: feed(model, one))  # what lies between two blocks may be the model's own forward
     widths: dict[Any, int] = {}  # of the metrics: one for all layers that read the same input
     for s in every:
         if weighed and target.metric > 0 and s.shape[0] == 1:
@@ -199,7 +200,8 @@ def needs(model: nn.Module, chosen: Any, recipe: Any) -> Needs:
         if key not in alike:
             alike[key] = _block(way, i, unit, call, recipe, target, gram, window)
         own = tuple(4 * w * w for k, w in widths.items() if last[k] == i)
-        blocks.append(replace(alike[key], name=unit.name, metrics=own))
+        image = max(alike[key].image, forward)
+        blocks.append(replace(alike[key], name=unit.name, metrics=own, image=image))
     return Needs(
         present=resident(),  # now: what a run calls has been loaded by what was measured above
         weights=model_bytes(model),

@@ -254,6 +254,20 @@ class Walk:
         ]
         return inputs, outputs
 
+    def _specify(self, batch: Any) -> None:
+        """Shapes and dtypes of every unit's outputs for batches like this one; `_record` would hold their values."""
+        found: list[Any] = [None] * len(self.units)
+
+        def after(i: int) -> Any:
+            def hook(module: nn.Module, args: Any, out: Any) -> None:
+                found[i] = _map(lambda t: (t.shape, t.dtype), out)
+
+            return hook
+
+        with _hooks(*(u.module.register_forward_hook(after(i)) for i, u in enumerate(self.units))):
+            feed(self.model, batch)
+        self.specs[_signature(batch)] = found
+
     def _check(self, batch: Any, inputs: list[Any], outputs: list[Any]) -> None:
         for i, unit in enumerate(self.units):
             args, kwargs = _clone(inputs[i][1])
@@ -390,7 +404,7 @@ class Walk:
             stubs = dict(enumerate(history))
         elif i:
             if _signature(batch) not in self.specs:
-                self._record(batch)
+                self._specify(batch)
             for j in range(i):
                 stubs[j] = tree_map(
                     lambda s: torch.zeros(s[0], dtype=s[1], device=self.device) if _is_spec(s) else s,
