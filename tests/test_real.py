@@ -40,6 +40,8 @@ def test_transformers_and_timm_get_the_same_masks(shared_data: Path, recipe: str
     batches = list(pixels.split(8))
     # the channels of a fused layer are reordered as one, those of separate layers one by one: other places, same model
     rest = {"nm": "2:4", "permute": "none"}
+    if recipe == "snows":  # solved further than by default, so that what differs is rounding
+        rest["solve"] = {"tolerance": 1e-5}
     hf_prune.prune(ours, [{"pixel_values": b} for b in batches], recipe, only=["vit.layers.0"], **rest)
     hf_prune.prune(theirs, batches, recipe, only=["blocks.0"], **rest)
     a, b = parameters(ours), parameters(theirs)
