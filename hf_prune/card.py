@@ -130,10 +130,15 @@ def _weights_words(layers: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def reordered(report: Mapping[str, Any]) -> int:
+    """How many sets of channels were put in another order."""
+    groups = (report.get("permutation") or {"groups": []})["groups"]
+    return sum(group["reason"] is None for group in groups)
+
+
 def _order_words(report: Mapping[str, Any]) -> str:
     """That weights do not stand where the dense model has them, where channels were reordered."""
-    groups = (report.get("permutation") or {"groups": []})["groups"]
-    moved = sum(group["reason"] is None for group in groups)
+    moved = reordered(report)
     if not moved:
         return ""
     sets = "One set of channels was" if moved == 1 else f"{moved} sets of channels were"

@@ -41,10 +41,14 @@ class Target:
         if self.group not in ("layer", "block"):
             raise ValueError(f"target.group {self.group}: choose layer or block.")
 
+    def stages(self, unit: Unit) -> list[list[Site]]:
+        """The sites of a unit, those together whose inputs come from one forward."""
+        return [unit.sites] if self.group == "block" else unit.stages
+
 
 @dataclass
 class Ahead:
-    """What the dense network does with one batch in the unit that is being pruned, computed once for all its stages."""
+    """What the dense network does with one batch in the unit that is being pruned."""
 
     goals: dict[str, list[Tensor]]  # site name -> the outputs of its uses
     joined: dict[int, Tensor]  # the residual stream after its additions
@@ -63,7 +67,7 @@ class Pair:
     dense: Any
     pruned: Any
     weights: dict[tuple, Tensor] = field(default_factory=dict)  # (source, conv) -> importance of each sample
-    ahead: Ahead | None = None
+    ahead: Ahead | None = None  # of all sites of the unit that is being pruned, where it is kept for all its stages
 
     @property
     def drifted(self) -> bool:
@@ -128,7 +132,7 @@ def look_ahead(
     room: int = AHEAD,
 ) -> None:  # fmt: skip
     """Fill in `ahead` of as many pairs as there is room for, in bytes.  On a GPU, which redoes it faster: of none."""
-    stage = Stage(walk, i, sites, dense, target, sums=False)
+    stage = Stage(walk, i, sites, dense, target)
     for pair in pairs if walk.device.type == "cpu" else ():
         pair.ahead = stage.ahead(pair)
         room -= pair.ahead.size()
@@ -140,26 +144,28 @@ def look_ahead(
 class Stage:
     """The sites of one stage, and their sums while they grow."""
 
-    def __init__(
-        self, walk: Walk, i: int, sites: list[Site], dense: dict[str, Tensor], target: Target, sums: bool = True
-    ) -> None:  # fmt: skip
+    def __init__(self, walk: Walk, i: int, sites: list[Site], dense: dict[str, Tensor], target: Target) -> None:
         self.walk, self.index, self.sites, self.dense = walk, i, sites, dense
         self.modules = dict(walk.model.named_modules())
         self.place = {(s.parameter, s.rows): k for k, s in enumerate(sites)}
         self.uses = sum(s.uses for s in sites)
-        weights = [s.read(walk.model.get_parameter(s.parameter)) for s in sites if sums]
-        self.sums = [Gram.zeros(w, ranks.wide(w)) for w in weights]
         self.first: list[int] = []  # the first site with the same input: it holds the moments that they share
-        for k, s in enumerate(sites):
+        for s in sites:
             self.first.append(next(j for j, t in enumerate(sites) if (t.source, t.conv) == (s.source, s.conv)))
-            if sums:
-                self.sums[k].xx, self.sums[k].sx = self.sums[self.first[k]].xx, self.sums[self.first[k]].sx
         # sites whose output joins the residual stream, and the addition where it does
         self.joined = {k: s.junction for k, s in enumerate(sites) if target.residual and s.junction is not None}
 
+    @functools.cached_property
+    def sums(self) -> list[Gram]:
+        weights = [s.read(self.walk.model.get_parameter(s.parameter)) for s in self.sites]
+        made = [Gram.zeros(w, ranks.wide(w)) for w in weights]
+        for gram, first in zip(made, self.first, strict=True):
+            gram.xx, gram.sx = made[first].xx, made[first].sx
+        return made
+
     def add(self, pair: Pair, compare: bool) -> None:
         """Count one batch in.  compare: the dense network's activations may differ, so corrections are wanted."""
-        goals, goal_sums = self.dense_goals(pair) if compare else ({}, {})
+        ahead = (pair.ahead or self.ahead(pair, whole=False)) if compare else Ahead({}, {}, None)
         columns: dict[tuple[int, int], Tensor] = {}
         nth = dict.fromkeys(range(len(self.sites)), 0)
         kept: dict[int, Tensor] = {}
@@ -176,7 +182,7 @@ class Stage:
             if compare and k in self.joined:
                 kept[k] = columns[key].clone()  # the forward goes on and may write into its input
             elif compare:
-                d = site.outputs(goals[k][nth[k]]) - site.outputs(use.y.detach())
+                d = site.outputs(ahead.goals[site.name][nth[k]]) - site.outputs(use.y.detach())
                 gram.add_corrections(columns[key], d.to(gram.weight.dtype), weights)
             nth[k] += 1
 
@@ -193,13 +199,16 @@ class Stage:
         for k, index in self.joined.items():
             site, y, z, scale = self.sites[k], leaves[k].y, sums[index], self.sites[k].scale
             assert y is not None and scale is not None
-            (back,) = torch.autograd.grad(z, y, (goal_sums[index] - z.detach()).to(z.dtype), retain_graph=True)
+            (back,) = torch.autograd.grad(z, y, (ahead.joined[index] - z.detach()).to(z.dtype), retain_graph=True)
             rows = junction.channel_last(site, back).flatten(0, -2) / scale.square().to(back)
             d = rows.view(rows.shape[0], site.shape[0], -1).movedim(1, 0).contiguous()
             self.sums[k].add_corrections(kept[k], d.to(kept[k].dtype), pair.weights.get((site.source, site.conv)))
 
-    def ahead(self, pair: Pair) -> Ahead:
-        """The dense network's whole run through the unit."""
+    def ahead(self, pair: Pair, whole: bool = True) -> Ahead:
+        """The dense network's outputs at the sites, and its residual stream where they join it.
+
+        whole: run the unit to its end, also where less would do.
+        """
         goals: dict[str, list[Tensor]] = {}
 
         def keep(k: int, use: Use) -> None:
@@ -207,22 +216,8 @@ class Stage:
                 goals.setdefault(self.sites[k].name, []).append(use.y.clone())
 
         with holding(self.walk.model, self.dense), quiet(self.walk.model), torch.no_grad():
-            joined, out = self.watch(pair.dense, keep, joining=True, whole=True)
+            joined, out = self.watch(pair.dense, keep, joining=whole or bool(self.joined), whole=whole)
         return Ahead(goals, joined, out)
-
-    def dense_goals(self, pair: Pair) -> tuple[dict[int, list[Tensor]], dict[int, Tensor]]:
-        """The dense network's outputs at the sites, and its residual stream where they join it."""
-        if pair.ahead is not None:
-            named = {k: pair.ahead.goals[s.name] for k, s in enumerate(self.sites) if k not in self.joined}
-            return named, pair.ahead.joined
-        goals: dict[int, list[Tensor]] = {}
-
-        def keep(k: int, use: Use) -> None:
-            if k not in self.joined:
-                goals.setdefault(k, []).append(use.y.clone())
-
-        with holding(self.walk.model, self.dense), quiet(self.walk.model), torch.no_grad():
-            return goals, self.watch(pair.dense, keep, joining=bool(self.joined))[0]
 
     def watch(
         self, entry: Any, on_use: Callable[[int, Use], None], joining: bool, whole: bool = False

@@ -21,7 +21,9 @@ from .streams import Store, load
 from .walk import _hooks
 
 TOGETHER = 8  # images whose gradients are counted in one product
+STRONG = 4  # the second moment takes one in so many samples of an image: those that weigh most carry nearly all of it
 Key = tuple[int, Any]  # (source, conv): sites that share their input share its weights
+Strong = tuple[dict[str, slice], list[Any]]  # site name -> its columns; gradients (samples, out) as a store keeps them
 
 
 @dataclass
@@ -61,21 +63,22 @@ def importance(
     sites = images_first(model, modules, sites, batches[0]) if len(batches) else sites
     moments: dict[Key, Metric] = {}
     found: list[dict[Key, Tensor]] = []
-    strong: dict[Key, Strong] | None = {} if metric > 0 else None
+    strong: dict[Key, Strong] = {}
     waiting = 0
     for k, batch in enumerate(batches):
         pieces: dict[Key, list[Tensor]] = {}
         size = len(_tensors(batch)[0])
         for first in range(0, size, micro):
             part = cut(batch, first, first + micro)
-            for key, value in _influence(model, modules, sites, part, probes, seed, strong, store).items():
+            gather = strong if metric > 0 else None
+            for key, value in _influence(model, modules, sites, part, probes, seed, gather, store).items():
                 pieces.setdefault(key, []).append(value)
             waiting += min(micro, size - first)
             # where memory is short the moments of all layers lie on disk, and few images are differentiated at once:
             # then those of several parts are counted together
             if max(waiting, micro) >= TOGETHER or (k + 1 == len(batches) and first + micro >= size):
-                for key in list(strong or ()):
-                    add(moments, key, *(strong or {}).pop(key), store)
+                for key in list(strong):
+                    add(moments, key, *strong.pop(key), store)
                 waiting = 0
         found.append({key: torch.cat(values) for key, values in pieces.items()})
     # a rank without images takes part in the sums all the same
@@ -103,7 +106,7 @@ def importance(
         scale = moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
         moment.mul_(metric).div_(scale).diagonal().add_(1 - metric)
         m.moment = None  # where it waited is free again
-        m.moment = store.keep(moment.to(m.dtype).to(m.device if store.budget is None else "cpu"))
+        m.moment = store.keep(moment.to(m.dtype).to(store.home(m.device)))
     return found, moments
 
 
@@ -182,12 +185,6 @@ def _influence(
     return {key: torch.stack(values).mean(0) for key, values in grouped.items()}
 
 
-STRONG = 4  # the second moment takes one in so many samples of an image: those that weigh most carry nearly all of it
-
-
-Strong = tuple[dict[str, slice], list[Any]]  # site name -> its columns; gradients (samples, out) as a store keeps them
-
-
 def _places(parts: dict[str, Tensor]) -> dict[str, slice]:
     ends = list(itertools.accumulate((p.shape[1] for p in parts.values()), initial=0))
     return {name: slice(a, b) for name, a, b in zip(parts, ends, ends[1:], strict=False)}
@@ -214,13 +211,12 @@ def add(moments: dict[Key, Metric], key: Key, places: dict[str, slice], rows: li
 
 
 def _nothing(rows: dict[str, slice], like: Tensor, store: Store) -> Metric:
-    """Of gradients (samples, out), before the first.  Where memory is budgeted it waits on the host.
+    """Of gradients (samples, out), before the first.
 
     Products are in the gradients' type, their sum is wider: the order of the batches leaves no trace.
     """
-    there = like.device if store.budget is None else "cpu"
     width = like.shape[1]
-    zeros = torch.zeros(width, width, dtype=ranks.wide(like), device=there)
+    zeros = torch.zeros(width, width, dtype=ranks.wide(like), device=store.home(like.device))
     return Metric(rows, store.keep(zeros), like.device, like.dtype)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import allocation, memory, methods, microbatch, offload, permute, ranks, resume, sites, staged, streams, walk
 from .collect import Pair, Target, find_junctions, grams, holding, look_ahead
-from .importance import Key, Metric, importance
+from .importance import TOGETHER, Key, Metric, importance
 from .linalg import dividing, exact_matmul, residuals
 from .objective import Gram
 from .pattern import Pattern, allocate
@@ -308,7 +308,7 @@ def run(
     if "gram" in evidence(recipe) and (target.importance > 0 or target.metric > 0):
         tell({"event": "stage", "text": "weighing samples by their influence on the output"})
         weights, metrics = weighed or weigh(
-            model, every, batches, target, recipe.seed, saved, min(micro or 8, 8), way.store
+            model, every, batches, target, recipe.seed, saved, min(micro or TOGETHER, TOGETHER), way.store
         )
         for pair, w in zip(pairs, weights, strict=True):
             pair.weights = streams.Lazy(way.store.keep(w))
@@ -366,7 +366,7 @@ MOMENT = "moment"  # beside the names of sites, which end in .weight or alike
 
 def weigh(
     model: nn.Module, every: list[sites.Site], batches: Any, target: Target, seed: int, saved: resume.Saved | None,
-    micro: int = 8, store: streams.Store | None = None,
+    micro: int = TOGETHER, store: streams.Store | None = None,
 ) -> tuple[list[dict[Key, Tensor]], dict[Key, Metric]]:  # fmt: skip
     """The importance of samples and directions, from the folder of a stopped run where that has got so far."""
     compute = functools.partial(
@@ -392,8 +392,7 @@ def weigh(
     metrics, device = {}, next(model.parameters()).device
     for key, part in zip(coupled, known, strict=True):
         if MOMENT in part:
-            there = device if store.budget is None else "cpu"
-            moment = store.keep(part.pop(MOMENT).to(there))
+            moment = store.keep(part.pop(MOMENT).to(store.home(device)))
             metrics[key] = Metric({n: slice(*rows.tolist()) for n, rows in part.items()}, moment, device)
     return [{keys[int(k)]: w for k, w in part.items()} for part in kept], metrics
 
@@ -442,8 +441,7 @@ class Block:
             where = self.way, self.index
             ahead = functools.partial(look_ahead, *where, self.unit.sites, self.pairs, self.dense, self.target)
             microbatch.with_less(ahead, *where, self.pairs, self.batch, self.tell)
-        stages = [self.unit.sites] if self.target.group == "block" else self.unit.stages
-        for n, stage in enumerate(stages):
+        for n, stage in enumerate(self.target.stages(self.unit)):
             began, sent = time.perf_counter(), ranks.sent
             found: Sequence[Gram | None] = [None] * len(stage)
             if gram:

@@ -240,8 +240,8 @@ def _block(
     ahead = 0
     if gram and target.mix > 0 and way.device.type == "cpu":
         with torch.no_grad():
-            ahead = Stage(way, i, unit.sites, dense, target, sums=False).ahead(pair).size()
-    for stage in [unit.sites] if target.group == "block" else unit.stages:
+            ahead = Stage(way, i, unit.sites, dense, target).ahead(pair).size()
+    for stage in target.stages(unit):
         fixed = rounded = 0
         if gram:
             made = Stage(way, i, stage, dense, target)

@@ -265,7 +265,7 @@ def _lead(reports: Mapping[str, Mapping[str, Any]], base: str, model: Mapping[st
 
 
 def _single(report: Mapping[str, Any]) -> list[str]:
-    from .card import duration
+    from .card import duration, reordered
     from .checkpoint import size
     from .compare import zeros
 
@@ -278,9 +278,8 @@ def _single(report: Mapping[str, Any]) -> list[str]:
         ["calibration", f"{calibration['samples']} images" + (f" of {sources_name(data)}" if data else "")],
         ["pruning", took + (f", at most {size(host)} of memory" if host else "")],
     ]
-    moved = [g for g in (report.get("permutation") or {"groups": []})["groups"] if g["reason"] is None]
-    if moved:
-        rows.insert(1, ["channels reordered", f"{len(moved)} sets; the dense model computes what it did"])
+    if moved := reordered(report):
+        rows.insert(1, ["channels reordered", f"{moved} sets; the dense model computes what it did"])
     told = report["evaluation"]
     if not told:
         return [_table((), rows), "<p class=note>Not evaluated: nothing is known about its accuracy.</p>"]

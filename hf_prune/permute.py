@@ -134,7 +134,7 @@ def some(batches: Sequence[Any], count: int) -> Iterator[Any]:
 
 
 def moments(
-    model: nn.Module, sites: list[Site], batches: Sequence[Any], diagonal: bool, images: int = 10**9
+    model: nn.Module, sites: list[Site], batches: Sequence[Any], diagonal: bool, images: int
 ) -> dict[str, Tensor]:
     """sum x xᵀ of the inputs of each site (groups, in, in), or its diagonal (groups, in), in the dense network.
 
@@ -162,7 +162,7 @@ def moments(
         for batch in some(batches, images):
             feed(model, placed(batch, device))
     ranks.sum_(sums.values())
-    exact = {torch.float64} & {p.dtype for p in named.values()}
+    exact = any(p.dtype == torch.float64 for p in named.values())
     return {name: total if exact else total.float() for name, total in sums.items()}
 
 

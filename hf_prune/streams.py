@@ -89,6 +89,10 @@ class Store:
             self.file = tempfile.TemporaryFile(prefix="hf_prune-", dir=self.folder, buffering=0)
         return self.file.fileno()
 
+    def home(self, device: Any) -> Any:
+        """Where what is used on `device` waits: there, or on the host where memory is budgeted."""
+        return device if self.budget is None else "cpu"
+
     def keep(self, tree: Any) -> Any:
         """The same tree with every tensor on the host: as it is, or spilled.  A tensor that occurs twice stays one."""
         made: dict[int, Any] = {}
