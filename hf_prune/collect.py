@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import junction, ranks
 from .objective import Gram
+from .recall import Call, Key, Recall, held
 from .sites import Site, Stop, Tape, Use, _tensors, quiet
 from .walk import Unit, Walk, _hooks
 
@@ -68,6 +69,7 @@ class Pair:
     pruned: Any
     weights: dict[tuple, Tensor] = field(default_factory=dict)  # (source, conv) -> importance of each sample
     ahead: Ahead | None = None  # of all sites of the unit that is being pruned, where it is kept for all its stages
+    calls: dict[Key, Call] = field(default_factory=dict)  # what its modules made of the pruned stream, where finished
 
     @property
     def drifted(self) -> bool:
@@ -110,8 +112,12 @@ def grams(
     order of the batches, and the ranks that hold them, leave no trace in the bits.
     """
     stage = Stage(walk, i, sites, dense, target)
+    room = KEPT - sum(held(pair.calls) for pair in pairs)
     for pair in pairs:
-        stage.add(pair, compare=target.mix > 0 and (pair.drifted or touched))
+        before = held(pair.calls)
+        keep = room > 0 and walk.device.type == "cpu" and walk.store.budget is None
+        stage.add(pair, compare=target.mix > 0 and (pair.drifted or touched), keep=keep)
+        room -= held(pair.calls) - before
     shared = {id(t): t for g in stage.sums for t in (g.xx, g.sx)}
     ranks.sum_(shared.values())
     for g in stage.sums:
@@ -124,6 +130,7 @@ def grams(
     return stage.sums
 
 
+KEPT = 2**30  # bytes of the pruned network's activations in one unit that are kept for its next stages, likewise
 AHEAD = 2**30  # bytes of the dense network's activations in one unit that may be kept on a CPU; beyond, they are redone
 
 
@@ -163,8 +170,11 @@ class Stage:
             gram.xx, gram.sx = made[first].xx, made[first].sx
         return made
 
-    def add(self, pair: Pair, compare: bool) -> None:
-        """Count one batch in.  compare: the dense network's activations may differ, so corrections are wanted."""
+    def add(self, pair: Pair, compare: bool, keep: bool = False) -> None:
+        """Count one batch in.  compare: the dense network's activations may differ, so corrections are wanted.
+
+        keep: enter in the pair what need not be computed again for the next stages.
+        """
         ahead = (pair.ahead or self.ahead(pair, whole=False)) if compare else Ahead({}, {}, None)
         columns: dict[tuple[int, int], Tensor] = {}
         nth = dict.fromkeys(range(len(self.sites)), 0)
@@ -190,12 +200,12 @@ class Stage:
         with quiet(model):
             if not (compare and self.joined):
                 with torch.no_grad():
-                    self.watch(pair.pruned, note, joining=False)
+                    self.watch(pair.pruned, note, joining=False, calls=pair.calls, keep=keep)
                 return
             leaves = {k: junction.Leaf() for k in self.joined}
             hooks = [self.modules[self.sites[k].module].register_forward_hook(leaf) for k, leaf in leaves.items()]
             with _hooks(*hooks), torch.enable_grad():
-                sums, _ = self.watch(pair.pruned, note, joining=True)
+                sums, _ = self.watch(pair.pruned, note, joining=True, calls=pair.calls, keep=keep)
         for k, index in self.joined.items():
             site, y, z, scale = self.sites[k], leaves[k].y, sums[index], self.sites[k].scale
             assert y is not None and scale is not None
@@ -220,16 +230,18 @@ class Stage:
         return Ahead(goals, joined, out)
 
     def watch(
-        self, entry: Any, on_use: Callable[[int, Use], None], joining: bool, whole: bool = False
-    ) -> tuple[dict[int, Tensor], Any]:
+        self, entry: Any, on_use: Callable[[int, Use], None], joining: bool, whole: bool = False,
+        calls: dict[Key, Call] | None = None, keep: bool = False,
+    ) -> tuple[dict[int, Tensor], Any]:  # fmt: skip
         """Run the unit on one entry, only as far as needed unless `whole`: (the additions of the residual stream that
-        are wanted, the unit's output if it got there)."""
+        are wanted, the unit's output if it got there).  calls: what is known of it; keep: and what may be added."""
         seen, out = 0, None
 
         def on(use: Use) -> None:
             nonlocal seen
             k = self.place.get((use.parameter, use.rows))
             if k is not None:
+                recall.open = False  # from here on weights will change
                 on_use(k, use)
                 seen += 1
                 if not joining and seen == self.uses:
@@ -239,7 +251,10 @@ class Stage:
         # the tape knows weights by where they are stored now
         live: dict[str, Tensor] = {s.parameter: self.walk.model.get_parameter(s.parameter) for s in self.sites}
         last = None if whole else max(wanted, default=None)
-        with junction.Additions(last, wanted) as additions, Tape(live, on):
+        additions = junction.Additions(last, wanted)
+        recall = Recall(self.walk.units[self.index].module, {} if calls is None else calls, additions)
+        recall.open = keep
+        with additions, Tape(live, on), recall if calls is not None else contextlib.nullcontext():
             with contextlib.suppress(Stop):
                 out = self.walk.call(self.index, entry)
         return additions.results, out

@@ -20,6 +20,7 @@ from .importance import TOGETHER, Key, Metric, importance
 from .linalg import dividing, exact_matmul, residuals
 from .objective import Gram
 from .pattern import Pattern, allocate
+from .recall import Recall
 from .stopwatch import Stopwatch, as_json, now
 from .window import Window
 
@@ -354,8 +355,10 @@ def run(
                 if two:
                     with holding(model, dense):
                         after = way.advance(i, pair.dense, pair.ahead and pair.ahead.out)
-                pruned = way.advance(i, pair.pruned)
-                pair.dense, pair.pruned, pair.ahead = pruned if after is None else after, pruned, None
+                with Recall(way.units[i].module, pair.calls):
+                    pruned = way.advance(i, pair.pruned)
+                pair.dense, pair.pruned = pruned if after is None else after, pruned
+                pair.ahead, pair.calls = None, {}
 
             pairs = microbatch.advance(way, i, pairs, step, chosen.small, tell)
     return report
@@ -459,6 +462,8 @@ class Block:
                     entries.append(entry)
                     done(entry)
         if self.recipe.refine:
+            for pair in self.pairs:
+                pair.calls = {}  # all weights change once more
             self.refine(masks, entries)
         return entries
 

@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import importance, methods
-from .collect import AHEAD, Pair, Stage, Target, find_junctions
+from .collect import AHEAD, KEPT, Pair, Stage, Target, find_junctions
 from .objective import Gram
+from .recall import held
 from .sites import Site, _tensors, cut, feed, quiet
 from .streams import Store
 from .walk import Unit, Walk
@@ -84,6 +85,7 @@ class Block:
     solves: tuple[int, ...]  # the same, rounded, and what choosing and refitting one layer of each stage needs
     stream: int  # one image at the unit's entry, in one stream
     ahead: int = 0  # the dense network's activations of one image, where they are kept for all stages
+    calls: int = 0  # what of the pruned network's is kept likewise
     metrics: tuple[int, ...] = ()  # the output metrics that the unit is the last to use, one per input
 
 
@@ -133,7 +135,9 @@ class Needs:
         found = [self.present + held(entered) + int(loose * self.weighing * min(images, MICRO))]
         for b in self.blocks:
             kept = held(samples * (self.image + self.influence + self.streams * b.stream) + left)
-            read = min(samples * b.ahead, AHEAD) if host is None else max(b.metrics, default=0)
+            read = max(b.metrics, default=0)
+            if host is None:
+                read = min(samples * b.ahead, AHEAD) + min(samples * b.calls, KEPT)
             base = self.present + kept + b.dense + read
             left -= sum(b.metrics)
             for sums, solved in zip(b.stages, b.solves, strict=True):
@@ -233,6 +237,7 @@ def _block(
     dense = {n: named[n].detach() for n in names}
     entry = {"call": call}
     pair = Pair(dict(entry), dict(entry))  # two objects: as if the streams had parted
+    kept_for = Pair(pair.dense, pair.pruned)
     sums, solves, image = [], [], 0
     places = [(s.junction, s.scale) for s in unit.sites]
     if gram and target.residual:
@@ -249,13 +254,16 @@ def _block(
             fixed = _bytes(list(kept.values()))
             rounded = sum(t.numel() * made.sums[0].weight.element_size() for t in kept.values())
             image = max(image, live(lambda made=made: made.add(pair, compare=target.mix > 0)))  # type: ignore[misc]
+            if way.device.type == "cpu":
+                made.add(kept_for, compare=target.mix > 0, keep=True)
         sums.append(fixed)
         solves.append(rounded + max(solve_bytes(s, recipe, target) for s in _joined(stage, target)))
     if window:
         image = max(image, _window(way, i, unit, pair, dense, recipe, target))
     for s, (junction, scale) in zip(unit.sites, places, strict=True):
         s.junction, s.scale = junction, scale
-    return Block(unit.name, _bytes(list(dense.values())), image, tuple(sums), tuple(solves), _bytes(call), ahead)
+    own, calls = _bytes(list(dense.values())), held(kept_for.calls)
+    return Block(unit.name, own, image, tuple(sums), tuple(solves), _bytes(call), ahead, calls)
 
 
 def _window(

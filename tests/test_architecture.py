@@ -18,6 +18,7 @@ MODEL = {
     "batchnorm",
     "walk",
     "junction",
+    "recall",
     "streams",
     "microbatch",
     "offload",
