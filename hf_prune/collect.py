@@ -113,11 +113,12 @@ def grams(
     """
     stage = Stage(walk, i, sites, dense, target)
     room = KEPT - sum(held(pair.calls) for pair in pairs)
-    for pair in pairs:
-        before = held(pair.calls)
-        keep = room > 0 and walk.device.type == "cpu" and walk.store.budget is None
-        stage.add(pair, compare=target.mix > 0 and (pair.drifted or touched), keep=keep)
-        room -= held(pair.calls) - before
+    with quiet(walk.model):
+        for pair in pairs:
+            before = held(pair.calls)
+            keep = room > 0 and walk.device.type == "cpu" and walk.store.budget is None
+            stage.add(pair, compare=target.mix > 0 and (pair.drifted or touched), keep=keep)
+            room -= held(pair.calls) - before
     shared = {id(t): t for g in stage.sums for t in (g.xx, g.sx)}
     ranks.sum_(shared.values())
     for g in stage.sums:
@@ -140,16 +141,17 @@ def look_ahead(
 ) -> None:  # fmt: skip
     """Fill in `ahead` of as many pairs as there is room for, in bytes.  On a GPU, which redoes it faster: of none."""
     stage = Stage(walk, i, sites, dense, target)
-    for pair in pairs if walk.device.type == "cpu" else ():
-        pair.ahead = stage.ahead(pair)
-        room -= pair.ahead.size()
-        if room < 0:
-            pair.ahead = None
-            break
+    with quiet(walk.model):
+        for pair in pairs if walk.device.type == "cpu" else ():
+            pair.ahead = stage.ahead(pair)
+            room -= pair.ahead.size()
+            if room < 0:
+                pair.ahead = None
+                break
 
 
 class Stage:
-    """The sites of one stage, and their sums while they grow."""
+    """The sites of one stage, and their sums while they grow.  The model is to be quiet (sites.py)."""
 
     def __init__(self, walk: Walk, i: int, sites: list[Site], dense: dict[str, Tensor], target: Target) -> None:
         self.walk, self.index, self.sites, self.dense = walk, i, sites, dense
@@ -196,16 +198,14 @@ class Stage:
                 gram.add_corrections(columns[key], d.to(gram.weight.dtype), weights)
             nth[k] += 1
 
-        model = self.walk.model
-        with quiet(model):
-            if not (compare and self.joined):
-                with torch.no_grad():
-                    self.watch(pair.pruned, note, joining=False, calls=pair.calls, keep=keep)
-                return
-            leaves = {k: junction.Leaf() for k in self.joined}
-            hooks = [self.modules[self.sites[k].module].register_forward_hook(leaf) for k, leaf in leaves.items()]
-            with _hooks(*hooks), torch.enable_grad():
-                sums, _ = self.watch(pair.pruned, note, joining=True, calls=pair.calls, keep=keep)
+        if not (compare and self.joined):
+            with torch.no_grad():
+                self.watch(pair.pruned, note, joining=False, calls=pair.calls, keep=keep)
+            return
+        leaves = {k: junction.Leaf() for k in self.joined}
+        hooks = [self.modules[self.sites[k].module].register_forward_hook(leaf) for k, leaf in leaves.items()]
+        with _hooks(*hooks), torch.enable_grad():
+            sums, _ = self.watch(pair.pruned, note, joining=True, calls=pair.calls, keep=keep)
         for k, index in self.joined.items():
             site, y, z, scale = self.sites[k], leaves[k].y, sums[index], self.sites[k].scale
             assert y is not None and scale is not None
@@ -225,7 +225,7 @@ class Stage:
             if k not in self.joined:
                 goals.setdefault(self.sites[k].name, []).append(use.y.clone())
 
-        with holding(self.walk.model, self.dense), quiet(self.walk.model), torch.no_grad():
+        with holding(self.walk.model, self.dense), torch.no_grad():
             joined, out = self.watch(pair.dense, keep, joining=whole or bool(self.joined), whole=whole)
         return Ahead(goals, joined, out)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ranks
+from .linalg import symmetric
 from .sites import Site, _tensors, cut, feed, marks, placed, quiet
 from .streams import Store, load
 from .walk import _hooks
@@ -166,15 +167,16 @@ def _influence(
             grads = torch.autograd.grad(
                 ends, list(outputs.values()), seeds, retain_graph=probe < probes - 1, allow_unused=True
             )
-            together: dict[Key, dict[str, Tensor]] = {}
+            together: dict[Key, dict[str, tuple[Tensor, Tensor]]] = {}
             for k, g in zip(outputs, grads, strict=True):
                 if g is None:
                     g = torch.zeros_like(outputs[k])
                 rows = (g.movedim(1, -1) if sites[k].conv is not None else g).flatten(0, -2)
                 rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-                influence[k] = influence.get(k, 0) + torch.linalg.vector_norm(rows, dim=-1).square()
+                size = torch.linalg.vector_norm(rows, dim=-1).square()
+                influence[k] = influence.get(k, 0) + size
                 if sites[k].shape[0] == 1:
-                    together.setdefault((sites[k].source, sites[k].conv), {})[sites[k].name] = rows
+                    together.setdefault((sites[k].source, sites[k].conv), {})[sites[k].name] = rows, size
             if strong is not None:
                 for key, parts in together.items():
                     places, kept = strong.setdefault(key, (_places(parts), []))
@@ -185,20 +187,23 @@ def _influence(
     return {key: torch.stack(values).mean(0) for key, values in grouped.items()}
 
 
-def _places(parts: dict[str, Tensor]) -> dict[str, slice]:
-    ends = list(itertools.accumulate((p.shape[1] for p in parts.values()), initial=0))
+def _places(parts: dict[str, tuple[Tensor, Tensor]]) -> dict[str, slice]:
+    ends = list(itertools.accumulate((rows.shape[1] for rows, _ in parts.values()), initial=0))
     return {name: slice(a, b) for name, a, b in zip(parts, ends, ends[1:], strict=False)}
 
 
-def strongest(parts: dict[str, Tensor], images: int) -> Tensor:
-    """The gradients (samples, out) at the outputs of the layers of one input that count in their second moment."""
+def strongest(parts: dict[str, tuple[Tensor, Tensor]], images: int) -> Tensor:
+    """The gradients (samples, out) at the outputs of the layers of one input that count in their second moment.
+
+    parts: of each layer, the gradients of all samples, and their squared norms (samples,).
+    """
     chosen: Any = slice(None)
-    size = torch.stack([torch.linalg.vector_norm(p, dim=1).square() for p in parts.values()]).sum(0)
+    size = torch.stack([size for _, size in parts.values()]).sum(0)
     if len(size) % images == 0 and len(size) > STRONG * images:
         each = size.view(images, -1)
         first = torch.arange(0, len(size), each.shape[1], device=size.device)[:, None]
         chosen = (each.topk(each.shape[1] // STRONG, dim=1).indices + first).flatten()
-    return torch.cat([p[chosen] for p in parts.values()], dim=1)
+    return torch.cat([rows[chosen] for rows, _ in parts.values()], dim=1)
 
 
 def add(moments: dict[Key, Metric], key: Key, places: dict[str, slice], rows: list[Any], store: Store) -> None:
@@ -207,7 +212,7 @@ def add(moments: dict[Key, Metric], key: Key, places: dict[str, slice], rows: li
     if key not in moments:
         moments[key] = _nothing(places, joined, store)
     kept = moments[key].moment
-    store.update(kept, load(kept).to(joined.device).add_(joined.mT @ joined))
+    store.update(kept, load(kept).to(joined.device).add_(symmetric(joined, joined)))
 
 
 def _nothing(rows: dict[str, slice], like: Tensor, store: Store) -> Metric:

@@ -202,7 +202,8 @@ def needs(model: nn.Module, chosen: Any, recipe: Any) -> Needs:
         call = inputs[i][1]
         key = (type(unit.module), tuple((s.shape, s.conv, s.uses) for s in unit.sites), str(_shapes(call)))
         if key not in alike:
-            alike[key] = _block(way, i, unit, call, recipe, target, gram, window)
+            with quiet(model):
+                alike[key] = _block(way, i, unit, call, recipe, target, gram, window)
         own = tuple(4 * w * w for k, w in widths.items() if last[k] == i)
         image = max(alike[key].image, forward)
         blocks.append(replace(alike[key], name=unit.name, metrics=own, image=image))

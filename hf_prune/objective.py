@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .linalg import symmetric
+
 
 @dataclass
 class Gram:
@@ -45,14 +47,14 @@ class Gram:
     def add_inputs(self, x: Tensor, weight: Tensor | None = None) -> None:
         """x (groups, samples, in), weight (samples,) or None for ones."""
         xw = x if weight is None else x * weight[:, None]
-        _add_product(self.xx, xw.mT, x)
+        self.xx += symmetric(xw, x)
         self.sx += (x.mT @ (x.new_ones(x.shape[1]) if weight is None else weight)[:, None]).squeeze(-1)
         self.count += x.shape[1] if weight is None else float(weight.sum())
 
     def add_corrections(self, x: Tensor, d: Tensor, weight: Tensor | None = None) -> None:
         """x (groups, samples, in), d (groups, samples, out), weight (samples,) or None for ones."""
         dw = d if weight is None else d * weight[:, None]
-        _add_product(self.xd, x.mT, dw)
+        self.xd += x.mT @ dw
         self.dd += (d * dw).sum(1) if weight is not None else torch.linalg.vector_norm(d, dim=1).square()
         self.sd += (dw.mT @ d.new_ones(d.shape[1], 1)).squeeze(-1)
 
@@ -127,11 +129,3 @@ class Gram:
         eye = torch.eye(xx.shape[-1], dtype=xx.dtype, device=xx.device)
         h = xx + torch.maximum(ridge * scale, floor)[..., None, None] * eye
         return h, self.weight @ h + self.mix * xd.mT
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, which is a product in the type of a and b whatever that of the total."""
-    if total.dtype == a.dtype:
-        total.baddbmm_(a, b)
-    else:
-        total += a @ b

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from . import channels, ranks, regroup
 from .channels import Axis, Channels, Member
-from .linalg import inverse_diagonal
+from .linalg import inverse_diagonal, symmetric
 from .pattern import Pattern
 from .sites import Site, Tape, Use, _tensors, feed, marks, parameters, placed, quiet
 
@@ -154,7 +154,7 @@ def moments(
             return
         x = s.columns(u.x.detach())
         x = x.float() if x.dtype not in (torch.float32, torch.float64) else x
-        step = x.square().sum(1) if diagonal else x.mT @ x
+        step = x.square().sum(1) if diagonal else symmetric(x, x)
         sums[s.name] += step
 
     device = next(model.parameters()).device

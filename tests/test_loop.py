@@ -488,11 +488,12 @@ def test_the_layers_of_a_block_may_share_one_forward(monkeypatch):
 def test_the_metric_counts_the_strongest_quarter_of_each_image():
     """Against a sum over images one by one; what is left out of the moment is what weighs least."""
     generator = torch.Generator().manual_seed(0)
-    parts = {"a": torch.randn(3 * 16, 4, generator=generator), "b": torch.randn(3 * 16, 2, generator=generator)}
+    rows = {"a": torch.randn(3 * 16, 4, generator=generator), "b": torch.randn(3 * 16, 2, generator=generator)}
+    parts = {name: (r, r.square().sum(1)) for name, r in rows.items()}
     moments = {}
     strong = weighing.strongest(parts, 3)
     weighing.add(moments, "input", weighing._places(parts), [strong[:5], strong[5:]], streams.Store())
-    joined = torch.cat(list(parts.values()), 1).double()
+    joined = torch.cat(list(rows.values()), 1).double()
     expected = torch.zeros(6, 6, dtype=torch.float64)
     for image in joined.split(16):
         for row in sorted(image, key=lambda r: -float(r.square().sum()))[:4]:

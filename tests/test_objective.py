@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from hf_prune.linalg import cholesky, inverse_diagonal, masked_solve
+from hf_prune.linalg import cholesky, inverse_diagonal, masked_solve, symmetric
 from hf_prune.objective import Gram
 
 G, N, O, I = 2, 40, 3, 6  # noqa: E741
@@ -165,6 +165,15 @@ def test_a_singular_gram_names_rank_and_remedy():
         ValueError, match=r"Gram matrix is singular \(rank 2 of 6\); give more calibration images or a larger ridge"
     ):
         cholesky(x.T @ x - 1e-9 * torch.eye(6, dtype=D))
+
+
+@pytest.mark.parametrize("width", [5, 127, 128, 130, 512, 515])
+def test_a_product_known_to_be_symmetric_is_the_whole_product(width):
+    """The blocks below the diagonal are those above it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 9, width, generator=generator, dtype=torch.float64)
+    weighed = x * torch.rand(9, 1, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(symmetric(weighed, x), torch.einsum("gsi,gsj->gij", weighed, x))
 
 
 def test_inverse_diagonal():
