@@ -27,6 +27,9 @@ class Target:
     bias: refit biases too (or the running mean of the batch norm that follows).
     importance: how far samples weigh by their influence on the model's output (importance.py) rather than alike.
     metric: the same for the directions of a layer's output; couples the rows of a weight.
+    caution: targets and ridges trust the images less behind many weights that were fitted to few samples.  With c the
+    inputs per effective sample (objective.py), summed over the layers up to this one, mix is divided and ridges are
+    multiplied by 1 + caution * c.
     group: `layer`, a layer's inputs are those of the block with the layers before it pruned, or `block`, one forward
     for all layers of a block.
     """
@@ -36,11 +39,14 @@ class Target:
     bias: bool = True
     importance: float = 0.9
     metric: float = 0.0
+    caution: float = 0.0
     group: str = "layer"
 
     def __post_init__(self) -> None:
         if self.group not in ("layer", "block"):
             raise ValueError(f"target.group {self.group}: choose layer or block.")
+        if self.caution < 0:
+            raise ValueError(f"target.caution {self.caution:g}: is 0 or more.")
 
     def stages(self, unit: Unit) -> list[list[Site]]:
         """The sites of a unit, those together whose inputs come from one forward."""
@@ -122,9 +128,9 @@ def grams(
     shared = {id(t): t for g in stage.sums for t in (g.xx, g.sx)}
     ranks.sum_(shared.values())
     for g in stage.sums:
-        count = torch.tensor([g.count], dtype=torch.float64)
-        ranks.sum_([g.xd, g.dd, g.sd, count])
-        g.count = float(count)
+        counts = torch.tensor([g.count, g.squares], dtype=torch.float64)
+        ranks.sum_([g.xd, g.dd, g.sd, counts])
+        g.count, g.squares = counts.tolist()
     made = {id(t): t.to(g.weight.dtype) for g in stage.sums for t in (g.xx, g.sx, g.xd, g.dd, g.sd)}
     for g in stage.sums:
         g.xx, g.sx, g.xd, g.dd, g.sd = (made[id(t)] for t in (g.xx, g.sx, g.xd, g.dd, g.sd))
@@ -190,7 +196,7 @@ class Stage:
                 columns[key] = site.columns(use.x.detach()).to(gram.weight.dtype)
                 self.sums[first].add_inputs(columns[key], weights)
             if k != first:
-                gram.count += columns[key].shape[1] if weights is None else float(weights.sum())
+                gram.count_in(columns[key].shape[1], weights)
             if compare and k in self.joined:
                 kept[k] = columns[key].clone()  # the forward goes on and may write into its input
             elif compare:

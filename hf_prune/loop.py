@@ -320,6 +320,7 @@ def run(
     dense: dict[str, Tensor] = {}
     lasting = walk.shared(model, chosen.units)
     report: list[dict] = []
+    fitted = 0.0
 
     def done(unit: walk.Unit, entry: dict) -> None:
         report.append(entry)
@@ -334,12 +335,15 @@ def run(
         facts = saved.restore(unit.name, {n: tensors[n] for n in names}) if saved else None
         if facts is None:
             block = Block(way, i, unit, pairs, small, dense, recipe, target, chosen.patterns, metrics,
-                          chosen.small, tell)  # fmt: skip
+                          chosen.small, tell, fitted)  # fmt: skip
             entries = microbatch.again(block.prune, block, tensors, names, report, functools.partial(done, unit))
             if saved:
                 sizes = ranks.gather(microbatch.sizes(way, i, pairs, chosen.small) if len(pairs) != whole else None)
-                saved.add(unit.name, {n: tensors[n] for n in names}, {"entries": entries, "sizes": sizes})
+                facts = {"entries": entries, "sizes": sizes, "fitted": block.fitted}
+                saved.add(unit.name, {n: tensors[n] for n in names}, facts)
+            fitted = block.fitted
         else:
+            fitted = facts["fitted"]
             microbatch.like(way, i, pairs, facts["sizes"][ranks.rank()], chosen.small)
             for entry in facts["entries"]:
                 done(unit, entry)
@@ -433,9 +437,16 @@ class Block:
     metrics: dict[Key, Metric]
     batch: Any = None  # two images, of which `small` is the entry
     tell: Any = None
+    before: float = 0.0  # inputs per effective sample of the layers of earlier blocks, see Target.caution
+    fitted: float = 0.0  # the same with this block's layers, as far as it has got
+
+    @property
+    def caution(self) -> float:
+        return 1 + self.target.caution * self.fitted
 
     def prune(self, tensors: dict[str, Tensor], done: Callable[[dict], None]) -> list[dict]:
         gram = "gram" in evidence(self.recipe)
+        self.fitted = self.before
         masks: dict[str, Tensor] = {}
         entries: list[dict] = []
         if gram and self.target.residual:
@@ -452,6 +463,9 @@ class Block:
                     functools.partial(grams, self.way, self.index, stage, self.pairs, self.dense, self.target, n > 0),
                     self.way, self.index, self.pairs, self.batch, self.tell,
                 )  # fmt: skip
+            # layers that read one input are fitted to the same samples
+            seen = {(s.source, s.conv): g for s, g in zip(stage, found, strict=True) if g}
+            self.fitted += sum(g.per_sample() for g in seen.values())
             for group in self.together(stage, found):
                 for site, entry, mask in self.layers(group, tensors):
                     masks[site.name] = mask
@@ -468,7 +482,7 @@ class Block:
         return entries
 
     def window(self, sites_: list[sites.Site], options: dict[str, Any]) -> Window:
-        mix = self.target.mix if options.get("mix") is None else options["mix"]
+        mix = self.target.mix / self.caution if options.get("mix") is None else options["mix"]
         last = self.unit.sites[-1]
         metric = self.metrics.get((last.source, last.conv)) if options["k"] is None and options["relative"] else None
         joint = metric.of([last.name]) if metric else None
@@ -505,7 +519,7 @@ class Block:
             key: Any = site.name
             if gram is not None:
                 bias = self.target.bias and (site.bias is not None or site.norm is not None)
-                gram = replace(gram, mix=self.target.mix, bias=bias)
+                gram = replace(gram, mix=self.target.mix / self.caution, caution=self.caution, bias=bias)
                 metric = self.metrics.get((site.source, site.conv))
                 if metric is not None and site.name in metric.rows:
                     key = (site.source, site.conv, bias)  # with a bias moments are centred, without they are not
@@ -575,6 +589,8 @@ class Block:
             energy = gram.energy().clamp_min(1e-30)
             entry["error_before"] = float(gram.value(weight * draft.mask) / energy)
             entry["error_after"] = float(gram.value(new) / energy)
+            if self.target.caution:
+                entry["caution"] = gram.caution
         elif window is not None:
             entry["error_before"] = window.value((weight * draft.mask).flatten())
             entry["error_after"] = window.value(new.flatten())

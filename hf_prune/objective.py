@@ -26,8 +26,10 @@ class Gram:
     dd: Tensor  # (groups, out)      sum d²
     sx: Tensor  # (groups, in)
     sd: Tensor  # (groups, out)
-    count: float  # samples
+    count: float  # samples, or the sum of their weights
+    squares: float = 0.0  # of those weights
     mix: float = 0.5
+    caution: float = 1.0  # what ridges are multiplied by
     bias: bool = False
     metric: Tensor | None = None  # (out, out), what an error in each direction of the output weighs when solving
 
@@ -49,7 +51,16 @@ class Gram:
         xw = x if weight is None else x * weight[:, None]
         self.xx += symmetric(xw, x)
         self.sx += (x.mT @ (x.new_ones(x.shape[1]) if weight is None else weight)[:, None]).squeeze(-1)
-        self.count += x.shape[1] if weight is None else float(weight.sum())
+        self.count_in(x.shape[1], weight)
+
+    def count_in(self, samples: int, weight: Tensor | None) -> None:
+        """How many samples there are, and what they weigh (samples,); None for ones."""
+        self.count += samples if weight is None else float(weight.sum())
+        self.squares += samples if weight is None else float(weight.square().sum())
+
+    def per_sample(self) -> float:
+        """Inputs of the layer per effective sample, (sum of weights)² / sum of their squares (Kish 1965)."""
+        return self.weight.shape[-1] * self.squares / max(self.count, 1e-30) ** 2
 
     def add_corrections(self, x: Tensor, d: Tensor, weight: Tensor | None = None) -> None:
         """x (groups, samples, in), d (groups, samples, out), weight (samples,) or None for ones."""
@@ -59,7 +70,7 @@ class Gram:
         self.sd += (dw.mT @ d.new_ones(d.shape[1], 1)).squeeze(-1)
 
     def __add__(self, other: Gram) -> Gram:
-        sums = {k: getattr(self, k) + getattr(other, k) for k in ("xx", "xd", "dd", "sx", "sd", "count")}
+        sums = {k: getattr(self, k) + getattr(other, k) for k in ("xx", "xd", "dd", "sx", "sd", "count", "squares")}
         return replace(self, **sums)
 
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,13 +118,14 @@ class Gram:
     def normal(self, ridge: float) -> tuple[Tensor, Tensor]:
         """(H, B): least squares with a ridge towards W has w_S = H_SS⁻¹ B_S on each support S.
 
-        ridge is a share of the mean diagonal of xx.  An input that is constant over the calibration images, such as a
-        learned query or a dead branch, leaves only rounding in xx once it is centred; the ridge therefore never falls
+        ridge is a share of the mean diagonal of xx, times `caution`.  An input that is constant over images, such as
+        a learned query or a dead branch, leaves only rounding in xx once it is centred; the ridge therefore never falls
         below the rounding of the sums, and such a layer keeps the dense values of its largest weights, which a refit
         bias makes exact.  Raises ValueError for a ridge of 0 on such a layer, and for sums that are not finite.
         """
         if ridge < 0:
             raise ValueError(f"ridge {ridge:g}: a share of the mean diagonal cannot be negative; give 0 or more.")
+        ridge *= self.caution
         xx, xd, _ = self.moments()
         if not torch.isfinite(xx).all():
             raise ValueError("the layer's calibration inputs are not finite; check the images and the weights for NaN.")

@@ -432,6 +432,63 @@ def test_images_behind_the_first_dimension_are_not_weighed_in_a_wrong_order():
         torch.testing.assert_close(w, parts[0][key])
 
 
+# ------------------------------------------------------------------------------------------ caution with few samples
+
+
+def cautious(model, batches, monkeypatch, **target):
+    """(what each layer was solved with, the report) of a run."""
+    seen = []
+    real = loop.call
+
+    def spy(kind, role, problem, *rest):
+        seen.append((kind, problem.objective.mix, problem.objective.caution, problem.objective.per_sample()))
+        return real(kind, role, problem, *rest)
+
+    monkeypatch.setattr(loop, "call", spy)
+    report = prune(model, batches, Recipe(nm="2:4", target={"importance": 0.0, **target}))
+    return seen, [e for e in report.layers if e["pattern"]]
+
+
+def test_targets_and_ridges_answer_to_the_inputs_per_sample_so_far(monkeypatch):
+    torch.manual_seed(0)
+    model = Plain().eval()
+    samples = 3 * 4 * 16  # images, and positions of each
+    seen, layers = cautious(model, images(), monkeypatch, mix=0.8, caution=2.0)
+    fitted = [8 / samples, 24 / samples, 32 / samples, 48 / samples]  # widths 8 and 16, two blocks
+    for entry, c in zip(layers, fitted, strict=True):
+        assert entry["caution"] == pytest.approx(1 + 2 * c)
+    for (_, mix, caution, _), c in zip(seen, [c for c in fitted for _ in range(2)], strict=True):
+        assert (mix, caution) == pytest.approx((0.8 / (1 + 2 * c), 1 + 2 * c))
+
+
+def test_layers_that_read_one_input_count_once(monkeypatch):
+    """A fused query, key and value layer and three of its own are treated alike."""
+    case = vit()
+    model = case.build()
+    seen, layers = cautious(model, [case.batch(2, 0)], monkeypatch, caution=1.0)
+    c = 0.0
+    for first in range(0, len(layers), 6):  # q, k, v, projection, two of the MLP
+        each = [e["caution"] - 1 for e in layers[first : first + 6]]
+        assert each[0] == each[1] == each[2] > c
+        c = each[0]
+        assert each[3] > c and each[4] > each[3]
+        c = each[5]
+
+
+def test_samples_that_few_weights_outweigh_count_as_few():
+    """Kish's effective size: with all weight on one of a hundred, one sample."""
+    gram = collect.Gram.zeros(torch.zeros(1, 3, 5))
+    weight = torch.zeros(100)
+    weight[7] = 2.0
+    gram.add_inputs(torch.randn(1, 100, 5), weight)
+    assert gram.per_sample() == 5.0
+
+
+def test_a_caution_below_none_is_refused():
+    with pytest.raises(ValueError, match="target.caution -1: is 0 or more"):
+        prune(Plain(), images(), Recipe(nm="2:4", target={"caution": -1.0}))
+
+
 # ------------------------------------------------------------------------------------------- what a block costs to run
 
 

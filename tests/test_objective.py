@@ -1,6 +1,7 @@
 """Gram against brute force over samples, and the masked solve against one linear system per row; all in float64."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,6 +89,15 @@ def test_sums_do_not_depend_on_the_batches_and_add_up():
         for name in ("xx", "xd", "dd", "sx", "sd"):
             assert torch.allclose(getattr(other, name), getattr(one, name), rtol=1e-12), name
         assert other.count == pytest.approx(one.count)
+        assert other.squares == pytest.approx(float(weight.square().sum()))
+    assert one.per_sample() == pytest.approx(I / float(weight.sum() ** 2 / weight.square().sum()))
+
+
+def test_caution_is_a_larger_ridge():
+    gram, *_ = problem(True, 0.5, True)
+    for ridge in (0.1, 1e-9):  # the second lies below the floor that no ridge goes under
+        for one, other in zip(replace(gram, caution=3.0).normal(ridge), gram.normal(3 * ridge), strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(("bias", "mix", "ridge"), itertools.product([False, True], [0.0, 0.5], [0.0, 0.1]))

@@ -20,7 +20,7 @@ from hf_prune import cli, resume
 from hf_prune.loop import Recipe, prune
 from hf_prune.resume import NotSaved, Saved, differences
 
-DEFAULT = Recipe(nm="2:4")
+DEFAULT = Recipe(nm="2:4", target={"caution": 0.5})  # what earlier blocks were fitted to counts in later ones
 fork = multiprocessing.get_context("fork") if os.name == "posix" else None
 
 
