@@ -440,7 +440,7 @@ def test_renewed_statistics_undo_a_shift():
 
 
 def folded(model):
-    """The same function with the norms' scale in the weights and their shift alone in the norms, as converters leave it."""
+    """The same function with the norms' scale in the weights and their shift alone in the norms."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for product, norm in ((model[0], model[1]), (model[3], model[4])):
