@@ -1,4 +1,11 @@
-"""Batch-norm statistics of the pruned network: re-estimated on the calibration images, if that helps."""
+"""Batch-norm statistics of the pruned network: re-estimated on the calibration images, if that helps.
+
+`renew` puts the statistics of the calibration images in place of those of training, which are others where training
+cropped and flipped, and have nothing to do with the data where a converter folded them into the weights and left
+means of 0 and variances of 1.  `match` says the dense network's norms in terms of what they see on the calibration
+images first (`anchor`, which changes no output); renewed after pruning, every channel then has the mean and the spread
+there that it had in the dense network.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import ranks
 from .sites import feed, quiet
 
-CHOICES = ("keep", "renew", "auto")
+CHOICES = ("keep", "renew", "match", "auto")
 
 
 def norms(model: nn.Module) -> list[_BatchNorm]:
@@ -27,6 +34,47 @@ def restore(found: list[_BatchNorm], saved: list[tuple[Tensor, Tensor]]) -> None
     for m, (mean, var) in zip(found, saved, strict=True):
         m.running_mean.copy_(mean)  # type: ignore[union-attr]
         m.running_var.copy_(var)  # type: ignore[union-attr]
+
+
+def anchor(model: nn.Module, batches: list[Any]) -> int:
+    """Write every norm with the statistics of its inputs on the calibration images, scale and shift making up for it.
+
+    The model computes what it did.  Means and variances are averages over the batches of all ranks, as in `renew`.
+    Returns how many there are; raises ValueError for a norm without scale and shift.
+    """
+    found = {name: m for name, m in model.named_modules() if m in set(norms(model))}
+    for name, m in found.items():
+        if m.weight is None:
+            raise ValueError(f"batchnorm match: {name} has no scale and shift to make up with; use renew or keep.")
+    sums = [torch.zeros(2, m.num_features, dtype=torch.float64, device=m.weight.device) for m in found.values()]
+
+    def note(at: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach().transpose(0, 1).flatten(1)  # (channels, images and positions)
+            sums[at] += torch.stack([x.mean(1), x.var(1)])
+
+        return hook
+
+    hooks = [m.register_forward_pre_hook(note(i)) for i, m in enumerate(found.values())]
+    try:
+        with quiet(model), torch.no_grad():
+            for batch in batches:
+                feed(model, batch)
+    finally:
+        for h in hooks:
+            h.remove()
+    ranks.sum_(sums)
+    calls = ranks.agree(float(len(batches)))
+    with torch.no_grad():
+        for m, total in zip(found.values(), sums, strict=True):
+            assert m.running_mean is not None and m.running_var is not None
+            mean, var = total / calls
+            scale = m.weight.double() / (m.running_var.double() + m.eps).sqrt()
+            m.bias.add_(scale * (mean - m.running_mean.double()))
+            m.weight.copy_(scale * (var + m.eps).sqrt())
+            m.running_mean.copy_(mean)
+            m.running_var.copy_(var)
+    return len(found)
 
 
 def renew(model: nn.Module, batches: list[Any]) -> int:

@@ -53,7 +53,7 @@ class Recipe:
     stages: int = 1  # rising sparsities on the way to the pattern, each a run of its own from where the last one ended
     schedule: str = "exponential"
     fisher: dict[str, Any] = field(default_factory=dict)  # keyword arguments of staged.Options
-    batchnorm: str = "keep"  # keep, renew or auto: statistics of the pruned network on the calibration images
+    batchnorm: str = "keep"  # keep, renew, match or auto: statistics of the pruned network on the calibration images
     # run
     samples: int = 256
     batch_size: int = 16

@@ -136,7 +136,7 @@ KEYS: dict[str, Callable[[Any], str | None]] = {
     "stages": _whole(1),
     "schedule": _one_of("exponential", "linear", "cubic", "ratio"),
     "fisher": _mapping,
-    "batchnorm": _one_of("keep", "renew", "auto"),
+    "batchnorm": _one_of("keep", "renew", "match", "auto"),
     "nm": _nm,
     "sparsity": _sparsity,
     "scope": _one_of(*SCOPES),

@@ -168,6 +168,9 @@ def stages(
     shapes = [s.shape for s in run.sites]
     steps = schedule(recipe.schedule, recipe.stages, 1 - pattern.density, *run.options.way())
     original = run.weights()
+    dense = draw(len(steps) - 1) if recipe.batchnorm == "match" else ([], [])  # those that the last stage renews on
+    if dense[0]:
+        batchnorm.anchor(run.model, dense[0])
     entries: list[dict] = []
     dense_outputs: list[Tensor] | None = None
     axes: list[int] | None = None
@@ -450,7 +453,7 @@ def settle_norms(
     saved = batchnorm.snapshot(found)
     before = held_loss(model, kept_out, dense) if choice == "auto" else 0.0
     batchnorm.renew(model, batches)
-    if choice == "renew":
+    if choice in ("renew", "match"):
         return f", statistics of {len(found)} batch norms re-estimated"
     after = held_loss(model, kept_out, dense)
     if after < before:

@@ -1,5 +1,6 @@
 """The quadratic model of the loss and the methods on it, against closed forms and brute force."""
 
+import copy
 import itertools
 import os
 import socket
@@ -438,13 +439,67 @@ def test_renewed_statistics_undo_a_shift():
     assert not torch.equal(before[0], model[1].running_mean) and not model[1].training and model[1].momentum == 0.1
 
 
+def folded(model):
+    """The same function with the norms' scale in the weights and their shift alone in the norms."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for product, norm in ((model[0], model[1]), (model[3], model[4])):
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            product.weight.mul_(scale.view(-1, *[1] * (product.weight.dim() - 1)))
+            norm.bias.sub_(scale * norm.running_mean)
+            norm.running_mean.zero_()
+            norm.running_var.fill_(1 - norm.eps)
+            norm.weight.fill_(1)
+    return model
+
+
+def test_norms_said_in_other_statistics_compute_the_same():
+    from hf_prune import batchnorm
+
+    model = net().eval()
+    images = [b[0] for b in data(480)]
+    for each in (model, folded(model)):
+        expected = each(images[0])
+        assert batchnorm.anchor(each, images) == 2
+        torch.testing.assert_close(each(images[0]), expected, rtol=1e-4, atol=1e-4)
+        y = each[0](torch.cat(images))
+        torch.testing.assert_close(each[1].running_mean, y.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+        batchnorm.renew(each, images)  # nothing was pruned: nothing is there to mend
+        torch.testing.assert_close(each(images[0]), expected, rtol=5e-2, atol=5e-2)
+    model[1] = nn.BatchNorm2d(8, affine=False)
+    with pytest.raises(ValueError, match="1 has no scale and shift"):
+        batchnorm.anchor(model, images)
+
+
+def test_matched_statistics_do_not_care_where_the_scale_is():
+    from hf_prune import batchnorm
+
+    keys = {"mask": "magnitude", "solve": "none", "sparsity": 0.6, "scope": "row", "prune_stem": True}
+    x = data(480)[0][0]
+    outputs = {}
+
+    def trained():
+        model = net()
+        batchnorm.renew(model, [b[0] for b in data(480)])  # as if from training
+        return model
+
+    for how in ("renew", "match"):
+        for kind, model in (("plain", trained()), ("folded", folded(trained()))):
+            hf_prune.prune(model, data(480), keys | {"batchnorm": how})
+            outputs[how, kind] = model.eval()(x)
+    torch.testing.assert_close(outputs["match", "plain"], outputs["match", "folded"], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(outputs["renew", "plain"], outputs["renew", "folded"], rtol=0.1, atol=0.1)
+    dense = trained()(x)
+    assert (outputs["match", "folded"] - dense).norm() < (outputs["renew", "folded"] - dense).norm()
+
+
 @pytest.mark.parametrize(
     ("keys", "part"),
     [
         ({"fisher": {"label": "true"}}, "fisher has no option 'label'"),
         ({"fisher": {"labels": "real"}}, "choose one of auto, true, sampled, projected"),
         ({"schedule": "steep"}, "choose one of exponential, linear, cubic, ratio"),
-        ({"batchnorm": "no"}, "choose one of keep, renew, auto"),
+        ({"batchnorm": "no"}, "choose one of keep, renew, match, auto"),
         ({"stages": 0}, "expected a whole number of at least 1"),
         ({"mask": {"method": "chita", "support": "best"}}, "choose one of magnitude, iht, cost, splice"),
         ({"mask": "chita", "refine": "snows"}, "refine works on layer-wise solves"),
