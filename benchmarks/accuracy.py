@@ -71,14 +71,7 @@ def main() -> None:
     pixels, labels = pixels[half], labels[half]
     dense = outputs(loaded, loaded.module, pixels)
     print(f"dense top-1 {100 * accuracy(dense, labels):.1f} % on {len(labels)} images", flush=True)
-    pattern: dict = {"nm": args.nm} if args.nm else {"sparsity": args.sparsity}
-    for setting in args.set:
-        key, _, value = setting.partition("=")
-        role, _, option = key.partition(".")
-        if option:
-            pattern.setdefault(role, {})[option] = yaml.safe_load(value)
-        else:
-            pattern[role] = yaml.safe_load(value)
+    pattern = ({"nm": args.nm} if args.nm else {"sparsity": args.sparsity}) | settings(args.set)
     rows = []
     for name in args.recipes:
         runs = []
@@ -119,6 +112,19 @@ def main() -> None:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def settings(texts: list[str]) -> dict:
+    """`--set` pairs as keys of a recipe."""
+    found: dict = {}
+    for text in texts:
+        key, _, value = text.partition("=")
+        role, _, option = key.partition(".")
+        if option:
+            found.setdefault(role, {})[option] = yaml.safe_load(value)
+        else:
+            found[role] = yaml.safe_load(value)
+    return found
 
 
 def peer(module: torch.nn.Module, batches: list, chosen: Recipe) -> None:
