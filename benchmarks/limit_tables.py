@@ -256,6 +256,44 @@ def vit_refit(samples: int, judged_on: int) -> dict[str, float | None]:
     return {"rise": rise, "held_out_accuracy": measure(loaded.module, there)["accuracy"]}
 
 
+# ---------------------------------------------------------------------------------------------- ViT-Tiny, the full cell
+def large(args: argparse.Namespace) -> None:
+    """The Gauss-Newton matrix of ViT-Tiny on 64 images, 16 probes x 32 steps, however narrow the interval already is.
+
+    Every finished probe is written at once, and a call goes on after the last; --minutes ends it after a probe.
+    """
+    need_data()
+    import resource
+
+    from hf_prune import models
+    from hf_prune.calibration import batches, images
+    from hf_prune.labels import match
+    from hf_prune.spectrum import Lanczos, probe
+
+    began = time.monotonic()
+    done = RESULTS / "limit_large.json"
+    told = json.loads(done.read_text()) if done.exists() else {"images": 64, "runs": []}
+    loaded = models.load(str(DATA / "vit-tiny-patch16-224-hf"))
+    found = images(str(DATA / "imagenet_sample1000_256.parquet"), samples=64)
+    classes = match(found.label_names, loaded.labels, loaded.num_classes).classes
+    task = limit.task_of(loaded.module, list(batches(found, loaded, args.batch, classes)), loop.Recipe(),
+                         args.memory * 2**30)  # fmt: skip
+    told["weights"] = len(task.weights)
+    for number in range(len(told["runs"]), args.probes):
+        if time.monotonic() - began > 60 * args.minutes:
+            break
+        start, wall = time.process_time(), time.perf_counter()
+        run = Lanczos(lambda v: task.product(v, "gauss-newton"), probe(len(task.weights), 0, number,
+                      task.weights.dtype, "cpu"), basis=False)  # fmt: skip
+        for _ in range(args.steps):
+            run.step()
+        told["runs"].append({"alphas": run.alphas, "betas": run.betas, "cpu_seconds": time.process_time() - start,
+                             "seconds": time.perf_counter() - wall, "batch": args.batch,
+                             "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss})  # fmt: skip
+        print({k: v for k, v in told["runs"][-1].items() if k not in ("alphas", "betas")}, flush=True)
+        save("large", told)
+
+
 # --------------------------------------------------------------------------------------------------------------- cost
 def machine() -> float:
     """Floating-point operations a second of one float32 matrix product of ViT-Tiny's shape; CPU time, one thread."""
@@ -494,7 +532,7 @@ def docs(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("digits", "mlpnet", "vit", "cost", "growth", "docs"))
+    parser.add_argument("what", choices=("digits", "mlpnet", "vit", "cost", "growth", "large", "docs"))
     parser.add_argument("--l1", type=float, nargs="*", default=[0.0, 3e-3])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--net", default="", help="only nets whose name starts so (digits, cost)")
@@ -504,6 +542,8 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=int, default=16, help="images of ViT-Tiny")
     parser.add_argument("--refit-only", action="store_true", help="of vit: keep the study, prune again")
     parser.add_argument("--minutes", type=float, default=8.0, help="time limit of ViT-Tiny")
+    parser.add_argument("--batch", type=int, default=4, help="images a batch (large)")
+    parser.add_argument("--memory", type=float, default=8.0, help="GiB for kept graphs (large)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--recipes", nargs="*", default=["snows", "chita", "chita-plus-plus"])
     args = parser.parse_args()
