@@ -19,6 +19,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ def train(net: nn.Module, x: Tensor, y: Tensor, l1: float, epochs: int, seed: in
 
 
 def digits(args: argparse.Namespace) -> None:
+    """The study of every net, then what each recipe reaches at its spectral estimates."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -136,6 +138,19 @@ def digits(args: argparse.Namespace) -> None:
                             "accuracy": study.dense["held_out_accuracy"], "loss": study.dense["loss"],
                             "cpu_seconds": seconds})  # fmt: skip
                 save("digits", out)
+    for told in out:
+        missing = [name for name in args.recipes if name not in told.setdefault("refits", {})]
+        if not missing or not told["net"].startswith(args.net):
+            continue
+        torch.manual_seed(told["seed"])
+        epochs = args.epochs if told["net"].startswith("FC") else args.epochs // 3
+        net = train(NETS[told["net"]](), *train_set, told["l1"], epochs, told["seed"])
+        judged = limit.targets(net, paired(*test, 500))
+        accuracy = float(measure(net, judged)["accuracy"] or 0)
+        if accuracy != told["accuracy"]:
+            raise SystemExit(f"{told['net']} came out otherwise ({accuracy}): remove limit_digits.json, measure anew.")
+        print(told["net"], told["l1"], told["seed"], flush=True)
+        refit(told, net, paired(*train_set, 500), judged, missing, lambda: save("digits", out))
 
 
 # ------------------------------------------------------------------------------------------------------------- MLPNet
@@ -172,14 +187,17 @@ def mlpnet(args: argparse.Namespace) -> None:
             "runs": study.runs, "rows": rows_of(study), "cpu_seconds": seconds, "refits": {}}  # fmt: skip
     print(json.dumps(told["rows"], indent=None), flush=True)
     save("mlpnet", told)
-    refit(told, model, batches, judged, args.recipes, "mlpnet")
+    refit(told, model, batches, judged, args.recipes, lambda: save("mlpnet", told))
 
 
-def refit(told: dict[str, Any], model: nn.Module, batches: Any, judged: Any, names: list[str], name: str) -> None:
+def refit(
+    told: dict[str, Any], model: nn.Module, batches: Any, judged: Any, names: list[str], keep: Callable[[], None]
+) -> None:
     """Each recipe at the spectral estimate of each row."""
     here = limit.targets(model, batches)
     dense = measure(model, here)["loss"]
-    for which in ["magnitude", *names]:
+    for which in names:
+        told["refits"][which] = []
         for at in told["rows"]:
             sparsity = round(at["spectral"], 3)
             chosen = recipe.load(which, sparsity=sparsity, scope="model", prune_head=True, prune_stem=True)
@@ -187,9 +205,9 @@ def refit(told: dict[str, Any], model: nn.Module, batches: Any, judged: Any, nam
             hf_prune.prune(module, batches, chosen)
             loss, there = measure(module, here)["loss"], measure(module, judged)
             found = {"sparsity": chosen.sparsity, "rise": loss - dense, "held_out": there["accuracy"]}
-            told["refits"].setdefault(which, []).append(found)
+            told["refits"][which].append(found)
             print(which, at["eps"], found, flush=True)
-        save(name, told)
+        keep()
 
 
 def _tell(event: dict[str, Any]) -> None:
@@ -206,7 +224,7 @@ def vit(args: argparse.Namespace) -> None:
     words = ["limit", str(DATA / "vit-tiny-patch16-224-hf"), "--dataset", str(DATA / "imagenet_sample1000_256.parquet"),
              "--eval-dataset", str(DATA / "imagenet_val_800.parquet"), "--samples", str(args.samples), "--batch-size",
              "4", "--eval-samples", "200", "--probes", str(args.probes), "--steps", str(args.steps), "--device", "cpu",
-             "--eps", "auto", ".1", ".5", "--time-limit", str(args.minutes), "--memory", "2",
+             "--eps", "auto", ".1", ".5", "--time-limit", str(args.minutes), "--memory", "4",
              "--output-dir", str(folder)]  # fmt: skip
     if not args.refit_only:
         began = time.process_time()
@@ -216,27 +234,25 @@ def vit(args: argparse.Namespace) -> None:
         told = {k: study[k] for k in ("rows", "nm", "model", "dense", "runs", "skip", "notes")}
         save("vit", told | {"cpu_seconds": time.process_time() - began})
     told = json.loads((RESULTS / "limit_vit.json").read_text())
-    if min(told["runs"]["hessian"]["steps"]) < limit.SETTLED:  # of a study that is older than this rule of the command
-        from hf_prune import models
-        from hf_prune.spectrum import Removal, fixed_point, from_trace
-
-        module = models.load(str(DATA / "vit-tiny-patch16-224-hf")).module
-        probe = [torch.zeros(2, 3, 224, 224)]
-        removal = Removal(limit.task_of(module, probe, loop.Recipe(), 0).weights)
-        mean = told["runs"]["gauss-newton"]["mean_curvature"]
-        for row in told["rows"]:
-            row["trace"] = fixed_point(from_trace(mean), removal, row["value"])
-        told["nm"]["predicted_isotropic"] = 0.5 * mean * told["nm"]["squared"]
-        save("vit", told)
     told.setdefault("refits", {})
-    for samples in (args.samples, 128):  # 2:4 with snows, on the images of the study and on enough of them
-        told["refits"][samples] = vit_refit(samples, args.samples)
-        print(samples, told["refits"][samples], flush=True)
-        save("vit", told)
+    told.setdefault("at_estimate", {})
+    for samples in (args.samples, 128):  # snows on the images of the study and on enough of them
+        if str(samples) not in told["refits"]:
+            told["refits"][str(samples)] = vit_refit(samples, args.samples, nm="2:4")
+            print(samples, told["refits"][str(samples)], flush=True)
+            save("vit", told)
+        for row in told["rows"]:
+            done = told["at_estimate"].setdefault(str(samples), {})
+            if row["spectral_settled"] and row["eps"] not in done:
+                sparsity = round(row["spectral"], 3)
+                found = vit_refit(samples, args.samples, sparsity=sparsity, scope="model")
+                done[row["eps"]] = {"sparsity": sparsity, **found}
+                print(samples, row["eps"], done[row["eps"]], flush=True)
+                save("vit", told)
 
 
-def vit_refit(samples: int, judged_on: int) -> dict[str, float | None]:
-    """2:4 with snows on `samples` images: the rise of the study's calibration loss, and held-out accuracy."""
+def vit_refit(samples: int, judged_on: int, **how: Any) -> dict[str, float | None]:
+    """snows on `samples` images: the rise of the study's calibration loss, and held-out loss and accuracy."""
     from hf_prune import models
     from hf_prune.calibration import batches, images
     from hf_prune.labels import match
@@ -250,10 +266,10 @@ def vit_refit(samples: int, judged_on: int) -> dict[str, float | None]:
 
     here = limit.targets(loaded.module, read("imagenet_sample1000_256.parquet", judged_on, 4))
     there = limit.targets(loaded.module, read("imagenet_val_800.parquet", 200, 20))
-    dense = measure(loaded.module, here)["loss"] or 0.0
-    hf_prune.prune(loaded.module, read("imagenet_sample1000_256.parquet", samples, 16), "snows", nm="2:4")
-    rise = (measure(loaded.module, here)["loss"] or 0.0) - dense
-    return {"rise": rise, "held_out_accuracy": measure(loaded.module, there)["accuracy"]}
+    before, far = measure(loaded.module, here)["loss"] or 0.0, measure(loaded.module, there)["loss"] or 0.0
+    hf_prune.prune(loaded.module, read("imagenet_sample1000_256.parquet", samples, 16), recipe.load("snows", **how))
+    rise, judged = (measure(loaded.module, here)["loss"] or 0.0) - before, measure(loaded.module, there)
+    return {"rise": rise, "held_out_rise": (judged["loss"] or 0.0) - far, "held_out_accuracy": judged["accuracy"]}
 
 
 # ---------------------------------------------------------------------------------------------- ViT-Tiny, the full cell
@@ -312,7 +328,13 @@ def cost(args: argparse.Namespace) -> None:
     need_data()
     import loaders
     from chita_tables import images
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils import flop_counter
+
+    # torch counts these two only where they make a new tensor
+    more = {torch.ops.aten.addmm_: flop_counter.addmm_flop, torch.ops.aten.baddbmm_: flop_counter.baddbmm_flop}
+
+    def counted() -> Any:
+        return flop_counter.FlopCounterMode(display=False, custom_mapping=more)
 
     x, y = images("mnist_train_10000.parquet", 0.1307, 0.3081)
     cx, cy = images("cifar10_lossless_train_4000.parquet", 0.5, 0.5)
@@ -331,9 +353,9 @@ def cost(args: argparse.Namespace) -> None:
             task = limit.task_of(model, batches, loop.Recipe(), memory * 2**30)
             v = torch.randn(len(task.weights), generator=generator)
             for kind in ("gauss-newton", "hessian"):
-                with FlopCounterMode(display=False) as first:
+                with counted() as first:
                     task.product(v, kind)
-                with FlopCounterMode(display=False) as counter:
+                with counted() as counter:
                     task.product(v, kind)
                 best, speed = math.inf, 0.0
                 for _ in range(args.repeats):
@@ -341,26 +363,71 @@ def cost(args: argparse.Namespace) -> None:
                     began = time.process_time()
                     task.product(v, kind)
                     best = min(best, time.process_time() - began)
+                shares = parts(lambda v=v, k=kind, t=task: t.product(v, k), best)
+                alone = shares.pop("alone")
                 row = {"net": name, "matrix": kind, "graph": "kept" if memory else "rebuilt", "seconds": best,
                        "operations": counter.get_total_flops(), "first": first.get_total_flops(), "speed": speed,
                        "ratio": best * speed / counter.get_total_flops(),
-                       "in_products": in_products(lambda v=v, k=kind, t=task: t.product(v, k), best)}  # fmt: skip
+                       "shares": shares,
+                       "alone": alone and alone * speed / counter.get_total_flops()}  # fmt: skip
                 print(row, flush=True)
                 out.append(row)
             task.forget()
         save("cost", out)
 
 
-def in_products(work: Any, seconds: float) -> float:
-    """Share of the time of `work` inside matrix products and convolutions; seconds: what one call takes."""
-    kinds = ("mm", "bmm", "addmm", "baddbmm", "mkldnn_convolution", "convolution_backward", "mkldnn_linear")
+PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "mkldnn_convolution", "convolution_backward",
+            "mkldnn_linear")  # fmt: skip
+COPIES = ("copy_", "fill_", "zero_", "cat", "_to_copy")
+
+
+def parts(work: Any, seconds: float) -> dict[str, float | None]:
+    """Shares of the time of `work` by what torch does in it, and what its matrix products take alone, as seconds.
+
+    seconds: what one call takes.  Alone: the same shapes again and again on the same data; None with convolutions.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         pass  # the first one carries the start of the profiler
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for _ in range(max(1, round(1 / seconds))):  # its clock also runs while others have the processor
+    count = max(1, round(1 / seconds))  # its clock also runs while others have the processor
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        for _ in range(count):
             work()
-    spent = {e.key: e.self_cpu_time_total for e in profile.key_averages()}
-    return sum(spent.get(f"aten::{kind}", 0) for kind in kinds) / sum(spent.values())
+    spent = {"products": 0.0, "copies": 0.0, "entries": 0.0, "rest": 0.0}
+    for e in profile.key_averages():
+        name = e.key.removeprefix("aten::")
+        kind = "products" if name in PRODUCTS else "copies" if name in COPIES else "rest"
+        if kind == "rest" and e.key.startswith("aten::") and name not in VIEWS:
+            kind = "entries"
+        spent[kind] += e.self_cpu_time_total
+    shares: dict[str, float | None] = {k: v / sum(spent.values()) for k, v in spent.items()}
+    alone, convolutions = 0.0, False
+    for e in profile.key_averages(group_by_input_shape=True):
+        name = e.key.removeprefix("aten::")
+        if name in PRODUCTS:
+            given = [torch.randn(shape) for shape in e.input_shapes if len(shape) > 1]
+            convolutions |= name not in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_")
+            if not convolutions:
+                alone += e.count / count * once(lambda name=name, given=given: getattr(torch.Tensor, name)(*given))
+    return shares | {"alone": None if convolutions else alone}
+
+
+VIEWS = ("view", "reshape", "t", "transpose", "permute", "as_strided", "expand", "slice", "select", "unbind", "flatten",
+         "unflatten", "matmul", "linear", "detach", "alias", "empty", "empty_like", "empty_strided", "unsqueeze",
+         "squeeze", "_unsafe_view", "_reshape_alias", "split", "split_with_sizes", "resolve_conj", "resolve_neg",
+         "conv2d", "convolution", "_convolution", "result_type", "zeros_like", "zeros", "to", "contiguous", "numpy_T",
+         "clone", "adjoint", "is_floating_point", "convolution_backward_overrideable", "narrow", "chunk")  # fmt: skip
+
+
+def once(work: Any) -> float:
+    """CPU seconds of one call, the best of several rounds."""
+    work()
+    best = math.inf
+    for _ in range(5):
+        began = time.process_time()
+        for _ in range(5):
+            work()
+        best = min(best, (time.process_time() - began) / 5)
+    return best
 
 
 def growth(args: argparse.Namespace) -> None:
@@ -496,7 +563,8 @@ def vit_tables(told: dict[str, Any]) -> list[str]:
         out.append(line(text, f"{found['rise']:+.3f}", f"{100 * found['held_out_accuracy']:.1f}"))
     runs = "; ".join(
         f"{name}: {run['probes']} probes of up to {max(run['steps'])} steps, ended by {run['ended_by']}"
-        for name, run in told["runs"].items() if run["steps"]
+        for name, run in told["runs"].items()
+        if run["steps"]
     )
     dense = 100 * told["dense"]["held_out_accuracy"]
     out += ["", f"{told['model']['images']} calibration images, 200 held-out ones (dense {dense:.1f} %). {runs}. "
@@ -508,11 +576,14 @@ def vit_tables(told: dict[str, Any]) -> list[str]:
 def cost_table(told: list[dict[str, Any]]) -> list[str]:
     told = sorted(told, key=lambda row: row["net"])
     out = head("network and images", "matrix", "graph", "Gflop", "CPU s", "Gflop/s of a matmul",
-               "times the operations' own time", "time inside products")  # fmt: skip
+               "times the operations' own time", "products alone", "products", "entry by entry", "copies",
+               "the rest")  # fmt: skip
     for row in told:
+        alone = "" if row["alone"] is None else f"{row['alone']:.2f}"
+        shares = [f"{100 * row['shares'][k]:.0f} %" for k in ("products", "entries", "copies", "rest")]
         out.append(line(row["net"], row["matrix"], row["graph"], f"{row['operations'] / 1e9:.3g}",
-                        f"{row['seconds']:.3g}", f"{row['speed'] / 1e9:.0f}", f"{row['ratio']:.2f}",
-                        f"{100 * row['in_products']:.0f} %" if "in_products" in row else ""))  # fmt: skip
+                        f"{row['seconds']:.3g}", f"{row['speed'] / 1e9:.0f}", f"**{row['ratio']:.2f}**", alone,
+                        *shares))  # fmt: skip
     return out
 
 
@@ -545,7 +616,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=4, help="images a batch (large)")
     parser.add_argument("--memory", type=float, default=8.0, help="GiB for kept graphs (large)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--recipes", nargs="*", default=["snows", "chita", "chita-plus-plus"])
+    parser.add_argument("--recipes", nargs="*", default=["magnitude", "snows", "chita"])
     args = parser.parse_args()
     torch.set_num_threads(1)
     globals()[args.what](args)
