@@ -3,6 +3,7 @@
     python benchmarks/limit_tables.py digits        # small networks trained here, with and without L1: a few minutes
     python benchmarks/limit_tables.py mlpnet        # MLPNet on MNIST
     python benchmarks/limit_tables.py vit           # ViT-Tiny on ImageNet images, with 2:4
+    python benchmarks/limit_tables.py large         # its Gauss-Newton matrix with 64 images, 16 probes x 32 steps
     python benchmarks/limit_tables.py cost          # what a curvature product costs
     python benchmarks/limit_tables.py growth        # how the cost grows with images, steps and probes on ViT-Tiny
     python benchmarks/limit_tables.py docs          # write the results into docs/limit.md
@@ -284,7 +285,7 @@ def large(args: argparse.Namespace) -> None:
     from hf_prune import models
     from hf_prune.calibration import batches, images
     from hf_prune.labels import match
-    from hf_prune.spectrum import Lanczos, probe
+    from hf_prune.spectrum import Lanczos, Removal, probe
 
     began = time.monotonic()
     done = RESULTS / "limit_large.json"
@@ -308,6 +309,34 @@ def large(args: argparse.Namespace) -> None:
                              "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss})  # fmt: skip
         print({k: v for k, v in told["runs"][-1].items() if k not in ("alphas", "betas")}, flush=True)
         save("large", told)
+    told["cap"] = min(1.0, 64 * (task.images.outputs - 1) / len(task.weights))
+    told["estimates"] = {n: estimate(told, n, Removal(task.weights)) for n in steps_to(len(told["runs"]))}
+    save("large", told)
+
+
+def steps_to(count: int) -> list[int]:
+    return sorted({n for n in (1, 4, 8) if n < count} | {count})
+
+
+def estimate(told: dict[str, Any], count: int, removal: Any) -> dict[str, Any]:
+    """The interval of the sparsity from the first `count` probes, and the mean curvature."""
+    from hf_prune.spectrum import Lanczos, bounds, fixed_point, mean_curvature, spread
+
+    runs = []
+    for found in told["runs"][:count]:
+        run = Lanczos(lambda v: v, torch.ones(2), basis=False).free()
+        run.alphas, run.betas = found["alphas"], found["betas"]
+        runs.append(run)
+    between = bounds(runs)
+    intervals = {
+        f"{eps:g}": (
+            fixed_point(lambda mu: min(told["cap"], between(mu)[1]), removal, eps),
+            fixed_point(lambda mu: between(mu)[0], removal, eps),
+        )
+        for eps in (0.01, 0.05, 0.1, 0.2, 0.5)
+    }
+    means = [mean_curvature([run.gauss()]) for run in runs]
+    return {"intervals": intervals, "mean_curvature": sum(means) / count, "spread": spread(means)}
 
 
 # --------------------------------------------------------------------------------------------------------------- cost
@@ -330,8 +359,10 @@ def cost(args: argparse.Namespace) -> None:
     from chita_tables import images
     from torch.utils import flop_counter
 
-    # torch counts these two only where they make a new tensor
-    more = {torch.ops.aten.addmm_: flop_counter.addmm_flop, torch.ops.aten.baddbmm_: flop_counter.baddbmm_flop}
+    def added(_: Any, one: Any, other: Any, *rest: Any, **more: Any) -> int:
+        return 2 * math.prod(one) * int(other[-1])
+
+    more = {torch.ops.aten.addmm_: added, torch.ops.aten.baddbmm_: added}  # torch counts them only out of place
 
     def counted() -> Any:
         return flop_counter.FlopCounterMode(display=False, custom_mapping=more)
@@ -484,6 +515,18 @@ def growth_table(told: list[dict[str, Any]]) -> list[str]:
     return [*out, "", f"Fitted: {powers}. **Extrapolated, not run**: {said}"]
 
 
+def large_table(told: dict[str, Any]) -> list[str]:
+    out = head("probes", "products", "CPU minutes", "memory, GiB", "mean curvature", "Gauss-Newton, eps .05")
+    for count, found in told["estimates"].items():
+        took = told["runs"][: int(count)]
+        low, high = found["intervals"]["0.05"]
+        out.append(line(count, sum(len(t["alphas"]) for t in took), f"{sum(t['cpu_seconds'] for t in took) / 60:.1f}",
+                        f"{max(t['memory'] for t in took) / 2**30:.1f}",
+                        f"{found['mean_curvature']:.5f} ± {found['spread']:.5f}" if int(count) > 1 else
+                        f"{found['mean_curvature']:.5f}", f"{low:.4f} to {high:.4f} (vacuous)"))  # fmt: skip
+    return [*out, "", f"{told['weights']:,} weights, 64 images; the rank alone says at least {1 - told['cap']:.4f}."]
+
+
 def line(*cells: Any) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -507,7 +550,7 @@ def head(*cells: str) -> list[str]:
 
 def digits_table(told: list[dict[str, Any]]) -> list[str]:
     out = head("network", "L1", "seeds", "accuracy %", "zeroing, measured", "quadratic", "trace", "spectral \\|H\\|",
-               "Gauss-Newton", "largest gap, 6 rows")  # fmt: skip
+               "Gauss-Newton", "largest gap, 6 rows", *(f"{n} at the spectral estimate" for n in REFITS))  # fmt: skip
     for name, l1 in dict.fromkeys((o["net"], o["l1"]) for o in told):
         nets = [o for o in told if (o["net"], o["l1"]) == (name, l1)]
         at = [next(row for row in o["rows"] if row["eps"] == "0.05") for o in nets]
@@ -520,8 +563,18 @@ def digits_table(told: list[dict[str, Any]]) -> list[str]:
         accuracy = 100 * sum(o["accuracy"] for o in nets) / len(nets)
         out.append(line(f"{name} ({nets[0]['weights']:,} weights)", f"{l1:g}", len(nets), f"{accuracy:.1f}",
                         mean("measured"), mean("quadratic"), mean("trace"), mean("spectral"), interval(newton),
-                        f"{gap:.3f}"))  # fmt: skip
+                        f"{gap:.3f}", *(refitted(nets, name) for name in REFITS)))  # fmt: skip
     return out
+
+
+REFITS = ("magnitude", "snows", "chita")
+
+
+def refitted(nets: list[dict[str, Any]], name: str) -> str:
+    """Mean rise of the loss at eps .05, and how many of all rows stay within their eps."""
+    found = [(row, there) for o in nets for row, there in zip(o["rows"], o["refits"][name], strict=True)]
+    at = [there["rise"] for row, there in found if row["eps"] == "0.05"]
+    return f"{sum(at) / len(at):+.3f}; {sum(there['rise'] <= row['value'] for row, there in found)} of {len(found)}"
 
 
 def mlpnet_tables(told: dict[str, Any]) -> list[str]:
@@ -561,6 +614,15 @@ def vit_tables(told: dict[str, Any]) -> list[str]:
     rows += [(f"**measured, snows on {n} images**", found) for n, found in told.get("refits", {}).items()]
     for text, found in rows:
         out.append(line(text, f"{found['rise']:+.3f}", f"{100 * found['held_out_accuracy']:.1f}"))
+    if any(told.get("at_estimate", {}).values()):
+        out += ["", *head("eps", "sparsity (spectral estimate)", "snows on", "rise of the calibration loss",
+                          "rise of the held-out loss", "held-out accuracy %")]  # fmt: skip
+        for row in told["rows"]:
+            for n, found in told["at_estimate"].items():
+                if there := found.get(row["eps"]):
+                    out.append(line(eps_of(row), share(there["sparsity"]), f"{n} images", f"{there['rise']:+.3f}",
+                                    f"{there['held_out_rise']:+.3f}",
+                                    f"{100 * there['held_out_accuracy']:.1f}"))  # fmt: skip
     runs = "; ".join(
         f"{name}: {run['probes']} probes of up to {max(run['steps'])} steps, ended by {run['ended_by']}"
         for name, run in told["runs"].items()
@@ -590,8 +652,8 @@ def cost_table(told: list[dict[str, Any]]) -> list[str]:
 def docs(args: argparse.Namespace) -> None:
     """Replace what stands between the markers of docs/limit.md by the tables of the results that are there."""
     text = DOCS.read_text()
-    for name, make in (("digits", digits_table), ("mlpnet", mlpnet_tables), ("vit", vit_tables), ("cost", cost_table),
-                       ("growth", growth_table)):  # fmt: skip
+    for name, make in (("digits", digits_table), ("mlpnet", mlpnet_tables), ("vit", vit_tables), ("large", large_table),
+                       ("cost", cost_table), ("growth", growth_table)):  # fmt: skip
         path = RESULTS / f"limit_{name}.json"
         start, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
         before, _, rest = text.partition(start)

@@ -128,10 +128,10 @@ def _limits(study: Study) -> str:
             "  v             ",
         )
     lines.append("")
-    lines += _wrap(
-        "Estimates trust a quadratic model of the loss; none is a guarantee. What zeroing reaches is measured; the gap "
-        "up to the spectral column is what a method that updates weights may win."
-    )
+    text = "Estimates trust a quadratic model of the loss; none is a guarantee. What zeroing reaches is measured"
+    if all(row["spectral_settled"] for row in study.rows):
+        text += "; the gap up to the spectral column is what a method that updates weights may win"
+    lines += _wrap(f"{text}.")
     return "\n".join(lines)
 
 
