@@ -99,7 +99,7 @@ def lomp_longer(name: str, seed: int, data: Any, sets: list[str]) -> dict[str, A
     for sparsity in SPARSITIES:
         best = min(tried, key=lambda each: nearest(each["curve"], sparsity)["validation_loss"])
         row[str(sparsity)] = nearest(best["curve"], sparsity)["test_accuracy"]
-    return {"LOMP, λ by the result, as long as IMP": row}
+    return {LONGER: row}
 
 
 def lomp_tuned(name: str, seed: int, data: Any, sets: list[str]) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def lomp_tuned(name: str, seed: int, data: Any, sets: list[str]) -> dict[str, An
             row["epochs"] = chosen["epochs"] + found.history[-1]["epochs"]
     finally:
         phases.METHODS["lomp"] = before
-    return {"the same, then trained under the mask": row}
+    return {TUNED: row}
 
 
 def imp(name: str, seed: int, data: Any, sets: list[str]) -> dict[str, Any]:
@@ -146,6 +146,8 @@ def single(label: str, method: str) -> Any:
     return measure
 
 
+LONGER, TUNED = "LOMP, λ by the result, as long as IMP", "LOMP, λ by the result, then trained under the mask"
+ORDER = ("dense", "magnitude", "LOMP", "LOMP, λ by the result", LONGER, TUNED, "IMP", "Rare Gems", "Smart-Ratio")
 JOBS = {"lomp": lomp, "imp": imp, "rare-gems": single("Rare Gems", "rare-gems"),
         "smart-ratio": single("Smart-Ratio", "smart-ratio"), "lomp-longer": lomp_longer,
         "lomp-tuned": lomp_tuned}  # fmt: skip  # the last two read what lomp and imp found
@@ -192,7 +194,7 @@ def table(held: Mapping[str, Any]) -> str:
         s: max(statistics.mean(row[str(s)] for row in found) for label, found in rows.items() if label != "dense")
         for s in SPARSITIES
     }
-    for label, found in rows.items():
+    for label, found in sorted(rows.items(), key=lambda row: ORDER.index(row[0])):
         if label == "dense":
             continue
         cells = []
