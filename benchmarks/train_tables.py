@@ -85,6 +85,45 @@ def lomp(name: str, seed: int, data: Any, sets: list[str]) -> dict[str, Any]:
     return rows
 
 
+def past_rows(name: str, key: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"train_{name}.json").read_text())["runs"][key]["rows"]  # type: ignore[no-any-return]
+
+
+def lomp_longer(name: str, seed: int, data: Any, sets: list[str]) -> dict[str, Any]:
+    """LOMP, λ by the result, with as many epochs as IMP takes: every training of the grid is longer."""
+    trainings = 1 + len(phases.Lomp().grid)
+    long = round(past_rows(name, f"imp {seed}")["IMP"]["epochs"] / trainings)
+    found = run(name, "lomp", seed, data, [*sets, "lomp.choose=pruned"], sparsity=SPARSITIES[0], epochs=long)
+    tried = found.history[:-1]
+    row: dict[str, Any] = {"epochs": long * trainings}
+    for sparsity in SPARSITIES:
+        best = min(tried, key=lambda each: nearest(each["curve"], sparsity)["validation_loss"])
+        row[str(sparsity)] = nearest(best["curve"], sparsity)["test_accuracy"]
+    return {LONGER: row}
+
+
+def lomp_tuned(name: str, seed: int, data: Any, sets: list[str]) -> dict[str, Any]:
+    """No LOMP any more: its networks (λ by the result) trained once more under the mask, to see what that is worth."""
+    chosen = past_rows(name, f"lomp {seed}")["LOMP, λ by the result"]
+    row: dict[str, Any] = {}
+
+    def more(options: Any, pattern: Any, epochs: int, past: phases.Past) -> phases.Phase | None:
+        if past and past[-1]["pruned"]:
+            return phases.Phase("under the mask", epochs)
+        return None if any(each["pruned"] for each in past) else phases.lomp(options, pattern, epochs, past)
+
+    phases.METHODS["lomp"], before = more, phases.METHODS["lomp"]
+    try:
+        for sparsity in SPARSITIES:
+            l1 = f"lomp.l1={chosen['l1'][str(sparsity)]:g}"
+            found = run(name, "lomp", seed, data, [*sets, l1], sparsity=sparsity)
+            row[str(sparsity)] = found.test["accuracy"]
+            row["epochs"] = chosen["epochs"] + found.history[-1]["epochs"]
+    finally:
+        phases.METHODS["lomp"] = before
+    return {TUNED: row}
+
+
 def imp(name: str, seed: int, data: Any, sets: list[str]) -> dict[str, Any]:
     """One run to the highest sparsity; the rounds at the others are results of their own."""
     through = ",".join(map(str, SPARSITIES[:-1]))
@@ -107,8 +146,11 @@ def single(label: str, method: str) -> Any:
     return measure
 
 
+LONGER, TUNED = "LOMP, λ by the result, as long as IMP", "LOMP, λ by the result, then trained under the mask"
+ORDER = ("dense", "magnitude", "LOMP", "LOMP, λ by the result", LONGER, TUNED, "IMP", "Rare Gems", "Smart-Ratio")
 JOBS = {"lomp": lomp, "imp": imp, "rare-gems": single("Rare Gems", "rare-gems"),
-        "smart-ratio": single("Smart-Ratio", "smart-ratio")}  # fmt: skip
+        "smart-ratio": single("Smart-Ratio", "smart-ratio"), "lomp-longer": lomp_longer,
+        "lomp-tuned": lomp_tuned}  # fmt: skip  # the last two read what lomp and imp found
 
 
 def measure(name: str, seeds: list[int], methods: list[str], sets: list[str]) -> None:
@@ -152,7 +194,7 @@ def table(held: Mapping[str, Any]) -> str:
         s: max(statistics.mean(row[str(s)] for row in found) for label, found in rows.items() if label != "dense")
         for s in SPARSITIES
     }
-    for label, found in rows.items():
+    for label, found in sorted(rows.items(), key=lambda row: ORDER.index(row[0])):
         if label == "dense":
             continue
         cells = []

@@ -39,8 +39,9 @@ class Options:
 
     probes, steps: random vectors and products per vector for the Gauss-Newton matrix; the exact Hessian gets a quarter
     of the vectors, 2 at least, with four times the steps, since |H| is no smooth function of H.  width: intervals of
-    sparsity narrower than this end the work early.  seconds: after which no product is started; None for no limit.
-    memory: GiB for Lanczos vectors and kept graphs.  nm: the pattern whose safety is asked.
+    sparsity narrower than this end the work early.  seconds: after them, counted from the first product, no other is
+    started; None for no limit.  memory: GiB for Lanczos vectors and kept graphs.  nm: the pattern whose safety is
+    asked.
     """
 
     eps: tuple[float | str, ...] = EPS
@@ -181,7 +182,7 @@ class _Work:
     ) -> None:  # fmt: skip
         self.model, self.task, self.images, self.judged = model, task, task.images, judged
         self.options, self.tell, self.base, self.refit, self.batches = options, tell, base, refit, batches
-        self.clock = Clock(options.seconds)
+        self.clock = Clock(None)  # started by the first product
         self.weights = task.weights
         self.removal = Removal(self.weights)
         self.order = self.weights.abs().argsort()
@@ -385,6 +386,7 @@ class _Work:
         quadratic = {name: self.quadratic.knee(eps) for name, eps in self.eps}
         if nm is not None:
             self.predict_pattern(nm)
+        self.clock = Clock(self.options.seconds)
         newton = self.gauss_newton()
         exact: list[Lanczos] = []
         if self.images.loss == "representation":

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--probes", metavar="N", type=cli._whole, help="random vectors, default 16")
     group.add_argument("--steps", metavar="N", type=cli._whole, help="Lanczos steps each, default 32")
     group.add_argument("--width", metavar="W", type=float, help="stop once intervals are this narrow, default .01")
-    group.add_argument("--time-limit", metavar="MIN", type=float, help="start no new product after MIN minutes")
+    group.add_argument("--time-limit", metavar="MIN", type=float, help="at most MIN minutes of products")
     group.add_argument("--memory", metavar="GIB", type=float, help="for vectors and graphs, default 2")
     group.add_argument("--seed", metavar="N", type=cli._whole, help="default 0")
     group.add_argument("--device", metavar="DEV", help="cpu, cuda, cuda:1, mps; default: what is there")

@@ -21,19 +21,20 @@ LISTED = 10  # layers on the page; the JSON file has them all
 FILES = ("limit.json", "limit.txt", "limit.png", "limit.svg")
 
 COLUMNS = {
-    "eps": "tolerated rise of the mean loss; auto is the spread of the loss over batches of 128 images",
-    "zeroing": "MEASURED: zeroing the smallest weights of the model raises the loss by eps at this sparsity",
+    "eps": "by how much the mean loss may rise; auto is its spread over batches of 128 images",
+    "zeroing": "MEASURED: with this share of the weights set to zero, smallest first, the loss has risen by eps",
     "held-out": "MEASURED: {held} there, on images that chose nothing; {dense} dense",
-    "quadratic": "estimate for zeroing, from gradient and Gauss-Newton matrix along the step",
-    "trace": "estimate for zeroing, from the mean curvature alone",
-    "spectral |H|": "estimate, kept weights MAY BE UPDATED, all eigenvalues of the Hessian; ± of steps and probes",
-    "Gauss-Newton": "the same from the Gauss-Newton matrix, as an interval; usually the most hopeful",
-}
+    "quadratic": "estimate of the column zeroing, from the loss's slope and curvature along that step",
+    "trace": "estimate of the column zeroing, from the mean curvature alone",
+    "spectral |H|": "estimate where the kept weights MAY BE UPDATED, from the Hessian's curvature in every direction; "
+                    "± is what the numbers of probes and Lanczos steps leave open",
+    "Gauss-Newton": "the same from a simpler matrix that is never negative, as an interval; usually the most hopeful",
+}  # fmt: skip
 
 
 def page(study: Study, name: str, judge: str | None = None) -> str:
     """The whole page, at most 80 columns wide.  name: of the model.  judge: the recipe that was measured, if any."""
-    parts = [_head(study, name), _limits(study)]
+    parts = [_head(study, name), _short(study, judge), _limits(study)]
     if judge is not None:
         parts.append(_refits(study, judge))
     if study.nm is not None:
@@ -63,6 +64,27 @@ def _head(study: Study, name: str) -> str:
     )  # fmt: skip
 
 
+def _short(study: Study, judge: str | None) -> str:
+    """The middle row in words, measured things first."""
+    row = study.rows[len(study.rows) // 2]
+    text = (
+        f"In short, where the mean loss may rise by {row['value']:.3g}: zeroing the smallest weights reaches sparsity "
+        f"{_share(row['measured'])} (measured)."
+    )
+    if row["spectral"] is not None and row["spectral_settled"]:
+        text += (f" A method that also updates the kept weights might reach about {_share(row['spectral'])} "
+                 "(an estimate, no guarantee).")  # fmt: skip
+        if row.get("refit"):
+            rise = row["refit"].get("held_out_rise", row["refit"]["rise"])
+            where = "held-out" if "held_out_rise" in row["refit"] else "calibration"
+            text += f" There, {judge} raises the {where} loss by {_rise(rise).lstrip('+')} (measured)."
+    elif row["spectral"] is not None:
+        text += " How far a method gets that also updates the kept weights is not settled by so few Lanczos steps."
+    else:
+        text += " How far a method gets that also updates the kept weights was not estimated."
+    return "\n".join(_wrap(text))
+
+
 def _limits(study: Study) -> str:
     heads = ("eps", "zeroing", "held-out", "quadratic", "trace", "spectral |H|", "Gauss-Newton")
     wide = (12, 8, 10, 11, 7, 14, 16)
@@ -90,6 +112,8 @@ def _limits(study: Study) -> str:
             else:
                 text = text.format(held=held, dense=_held(study, study.dense))
         lines += _wrap(text, f"  {column:<13} ")
+    if any(row["spectral"] is None or row["gauss_newton"] is None for row in study.rows):
+        lines += _wrap("not computed; the last lines of the page say why", "  -             ")
     if any(row["spectral_settled"] is False for row in study.rows):
         lines += _wrap(
             f"fewer than {SETTLED} Lanczos steps: the eigenvalues near zero are not told apart, and the figure is too "
@@ -104,10 +128,10 @@ def _limits(study: Study) -> str:
             "  v             ",
         )
     lines.append("")
-    lines += _wrap(
-        "Estimates trust a quadratic model of the loss; none is a guarantee. What zeroing reaches is measured; the gap "
-        "up to the spectral column is what a method that updates weights may win."
-    )
+    text = "Estimates trust a quadratic model of the loss; none is a guarantee. What zeroing reaches is measured"
+    if all(row["spectral_settled"] for row in study.rows):
+        text += "; the gap up to the spectral column is what a method that updates weights may win"
+    lines += _wrap(f"{text}.")
     return "\n".join(lines)
 
 
@@ -142,7 +166,8 @@ def _pattern(study: Study, judge: str | None) -> str:
         "  ",
     )
     if nm["misfits"]:
-        lines += _wrap(f"{len(nm['misfits'])} layers whose input channels it does not divide stay dense.", "  ")
+        m = nm["pattern"].partition(":")[2]
+        lines += _wrap(f"{len(nm['misfits'])} layers stay dense: their input channels are no multiple of {m}.", "  ")
     if not nm["sparsity"]:
         return "\n".join([*lines, "  It fits no layer, so nothing was measured."])
     wide = (27, 20, 21, 12)
@@ -154,6 +179,15 @@ def _pattern(study: Study, judge: str | None) -> str:
             cells = (f"  MEASURED, {title}", _rise(found["rise"]), _rise(found.get("held_out_rise")),
                      _held(study, found))  # fmt: skip
             lines.append(_cells(cells, wide))
+    lines.append("")
+    for column, text in {
+        "isotropic": "estimate, as if every direction were as stiff as the average one (the column trace)",
+        "quadratic": "estimate from slope and curvature along the step that zeroing makes (the column quadratic)",
+        "calib.": "on the calibration images, to which a recipe fits its weights",
+        "held-out": "on images that chose nothing: only these decide",
+    }.items():
+        if column != "held-out" or _has_held(study):
+            lines += _wrap(text, f"  {column:<11}")
     lines += ["", *_wrap(verdict(study, judge), "  ")]
     return "\n".join(lines)
 
@@ -189,7 +223,8 @@ def _layers(study: Study) -> str:
              _cells(("  layer", "weights", "trace", "rise", "global", "LAMP"), wide)]  # fmt: skip
     ordered = sorted(layers, key=lambda layer: -layer["rise"])
     for layer in ordered[:LISTED]:
-        name = layer["name"] if len(layer["name"]) <= 34 else "..." + layer["name"][-31:]
+        name = layer["name"].removesuffix(".weight")
+        name = name if len(name) <= 34 else "..." + name[-31:]
         trace = "-" if layer["trace_share"] is None else f"{100 * layer['trace_share']:.1f} %"
         cells = (f"  {name}", f"{100 * layer['share']:.1f} %", trace, _rise(layer["rise"]),
                  _share(layer["global_sparsity"]), _share(layer["lamp_sparsity"]))  # fmt: skip
@@ -208,8 +243,9 @@ def _layers(study: Study) -> str:
     if study.skip:
         names = " ".join(f"--skip {name}" for name in study.skip["layers"])
         count, share, damage = len(study.skip["layers"]), study.skip["share"], study.skip["damage"]
-        text = f"Dense, {count} of them would cost {_percent(share)} of the weights and avoid {_percent(damage)} of "
-        lines += ["", *_wrap(f"{text}the summed rises: {names}", "  ")]
+        these = f"these {count} layers dense" if count > 1 else "this layer dense"
+        text = f"Keeping {these} ({_percent(share)} of the weights) would avoid {_percent(damage)} of the sum of all "
+        lines += ["", *_wrap(f"{text}these rises: {names}", "  ")]
     return "\n".join(lines)
 
 
@@ -224,7 +260,10 @@ def _work(study: Study) -> str:
     lines = []
     for name, run in study.runs.items():
         title = {"gauss-newton": "Gauss-Newton", "hessian": "exact Hessian"}[name]
-        steps = f"{max(run['steps'])}" if run["steps"] else "0"
+        if not run["steps"]:
+            lines += _wrap(f"{title}: not computed, {ENDED[run['ended_by']]} before its first product (--time-limit).")
+            continue
+        steps = max(run["steps"])
         lines += _wrap(
             f"{title}: {run['probes']} probes of up to {steps} Lanczos steps, {run['products']} products of "
             f"{run['seconds_per_product']:.2g} s; stopped because {ENDED[run['ended_by']]}."

@@ -72,6 +72,70 @@ def _project(g: Tensor, x: Tensor, shape: list[int], mean: Tensor, rstd: Tensor,
     return torch.ops.aten.native_layer_norm_backward(g.contiguous(), x, shape, mean, rstd, weight, None, only_input)[0]
 
 
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return *_LinearBack.apply(g, *ctx.saved_tensors, *ctx.needs_input_grad[:2]), None  # type: ignore[misc]
+
+
+class _LinearBack(torch.autograd.Function):
+    """g W and gᵀ x; the transpose takes (v, V) to v Wᵀ + x Vᵀ, summed where it is made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor, to_x: bool, to_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
+        to = g @ weight if to_x else None
+        return to, g.flatten(0, -2).t() @ x.flatten(0, -2) if to_weight else None
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor | None, of_weight: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        made = None if v is None else v.flatten(0, -2) @ weight.t()
+        if of_weight is not None:
+            flat = x.flatten(0, -2)
+            made = flat @ of_weight.t() if made is None else made.addmm_(flat, of_weight.t())
+        return None if made is None else made.view(*x.shape[:-1], -1), None, None, None, None
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(q kᵀ) v for tables (images * heads, tokens, width); the queries are scaled already."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p = torch.bmm(q, k.mT).softmax(-1)
+        ctx.save_for_backward(q, k, v, p)
+        return torch.bmm(p, v)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return _AttentionBack.apply(g, *ctx.saved_tensors)  # type: ignore[return-value]
+
+
+class _AttentionBack(torch.autograd.Function):
+    """S k, Sᵀ q, pᵀ g, with S what g leaves at the scores; its transpose sums two products where they are made."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(q, k, v, p)
+        bend = torch._softmax_backward_data(torch.bmm(g, v.mT), p, -1, p.dtype)
+        return torch.bmm(bend, k), torch.bmm(bend.mT, q), torch.bmm(p.mT, g)
+
+    @staticmethod
+    def backward(ctx: Any, of_q: Tensor, of_k: Tensor, of_v: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, p = ctx.saved_tensors
+        scores = torch.bmm(of_q, k.mT).baddbmm_(q, of_k.mT)
+        out = torch.bmm(p, of_v).baddbmm_(torch._softmax_backward_data(scores, p, -1, p.dtype), v)
+        return out, None, None, None, None
+
+
 class linear(TorchFunctionMode):
     """For the length of a `with`, a forward whose gradients are to be differentiated in the seed alone."""
 
@@ -122,11 +186,21 @@ def attention(
     """Plain attention, without torch's search for rows that a mask left empty."""
     if attn_mask is not None or dropout_p or is_causal or enable_gqa:
         return None
-    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
-    return scores.softmax(-1) @ value
+    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if query.dim() != 4 or not query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        return (query @ key.mT).softmax(-1) @ value
+    out = _Attention.apply(*(t.flatten(0, 1) for t in (query, key, value)))
+    return out.unflatten(0, query.shape[:2])  # type: ignore[union-attr]
+
+
+def dense(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """Its two ways into a product, by the input and by the weights, are summed by the second matrix product itself."""
+    if input.dim() < 2 or (bias is not None and bias.requires_grad):
+        return None
+    return _Linear.apply(input, weight, bias)  # type: ignore[return-value]
 
 
 # what may return None where the general way is to be taken
 OWN: dict[Any, Callable[..., Tensor | None]] = {
-    F.layer_norm: layer_norm, F.batch_norm: batch_norm, F.scaled_dot_product_attention: attention
+    F.linear: dense, F.layer_norm: layer_norm, F.batch_norm: batch_norm, F.scaled_dot_product_attention: attention
 }  # fmt: skip

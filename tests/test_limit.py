@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hf_prune
-from hf_prune import curvature, limit, loop
+from hf_prune import curvature, limit, limit_page, loop
 from hf_prune import page as report_page
 from hf_prune.curvature import measure
 from hf_prune.spectrum import Lanczos, Removal, bounds, fixed_point, from_trace, kept, mean_curvature, probe
@@ -365,6 +365,8 @@ def test_the_time_limit_ends_the_work_and_is_said(digits_mlp):
     found = limit.limit(model, batches, recipe=ALL, options=limit.Options(eps=(0.05,), seconds=0.0))
     assert found.runs["gauss-newton"]["ended_by"] == "time" and found.rows[0]["measured"] > 0
     assert found.rows[0]["gauss_newton"] is None and found.rows[0]["spectral"] is None
+    page = limit_page.page(found, "a model")
+    assert "\n  - " in page and "Gauss-Newton: not computed, the time limit was reached" in page
 
 
 def test_a_recipe_is_measured_at_the_estimate(digits_mlp):
@@ -493,7 +495,10 @@ def test_the_page_of_the_demo_model(digit_images, tmp_path, capsys):
     assert max(map(len, page.splitlines())) <= 80
     assert page == (out / "limit.txt").read_text()
     told = json.loads((out / "limit.json").read_text())
-    for word in ("zeroing", "held-out", "quadratic", "trace", "spectral |H|", "Gauss-Newton"):
+    short = " ".join(page.split("\n\n")[1].split())
+    row = told["rows"][1]
+    assert short.startswith("In short, where the mean loss may rise by 0.2: ") and f"{row['measured']:.3f}"[1:] in short
+    for word in ("zeroing", "held-out", "quadratic", "trace", "spectral |H|", "Gauss-Newton", "isotropic", "calib."):
         assert f"\n  {word}" in page, f"the column {word} is explained"
     assert "\n  few " in page and all(row["spectral_settled"] is False for row in told["rows"])
     assert "VACUOUS" in page and "an estimate" not in page.split("MEASURED with magnitude")[1].split("Is 2:4")[0]
