@@ -55,7 +55,10 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="write this page from every result, and run nothing")
     args = parser.parse_args()
     if args.write:
-        args.write.write_text(page(sorted((Path(__file__).parent / "results").glob("accuracy-*.json"))))
+        groups = collect(sorted((Path(__file__).parent / "results").glob("accuracy-*.json")))
+        picture = args.write.with_name("frontier.svg")
+        frontier(groups, picture)
+        args.write.write_text(page(groups, picture.name))
         return
     if not (args.model and args.calibration and args.validation):
         parser.error("give a model, --calibration and --validation")
@@ -162,20 +165,54 @@ def spread(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
     return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
 
 
-def page(results: list[Path]) -> str:
-    """docs/accuracy.md: one table for each model, pattern and number of calibration images, rows from every file."""
+def collect(results: list[Path]) -> list[dict]:
+    """One group for each model, pattern and number of calibration images, with the rows of every file."""
     groups: dict[tuple, dict] = {}
     for path in results:
         result = json.loads(path.read_text())
         key = (result["model"], str(result["pattern"]), result["samples"], result["half"])
         group = groups.setdefault(key, {**result, "rows": []})
         group["rows"] += result["rows"]
-    parts = [HEAD]
-    for key in sorted(groups):
-        group = groups[key]
+    for group in groups.values():
         group["rows"].sort(key=lambda row: statistics.fmean(r["logit_error"] for r in row["runs"]), reverse=True)
-        parts.append(f"## {key[0]}, {key[1]}, {key[2]} images\n\n{table(group)}")
+    return [groups[key] for key in sorted(groups)]
+
+
+def page(groups: list[dict], picture: str) -> str:
+    """docs/accuracy.md: a table for every group."""
+    parts = [HEAD, f"Accuracy against time, ViT-Tiny at 2:4:\n\n![accuracy against CPU seconds]({picture})"]
+    for group in groups:
+        title = f"{group['model']}, {group['pattern']}, {group['samples']} images"
+        parts.append(f"## {title}\n\n{table(group)}")
     return "\n\n".join(parts) + "\n"
+
+
+def frontier(groups: list[dict], path: Path) -> None:
+    """Top-1 accuracy against CPU seconds of pruning, ViT-Tiny at 2:4; variants of a recipe (`--set`) are left out."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "frontier"  # the same file for the same figures
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    wanted = [g for g in groups if g["model"].startswith("vit-tiny") and g["pattern"] == "2:4"]
+    for group, colour, side in zip(wanted, ("tab:blue", "tab:orange"), ((0, 8), (0, -14)), strict=False):
+        rows = [r for r in group["rows"] if "--set" not in r["recipe"]]
+        label = f"{group['samples']} images"
+        for row in rows:
+            tops = [100 * r["top1"] for r in row["runs"]]
+            x, y = statistics.fmean(r["cpu_seconds"] for r in row["runs"]), statistics.fmean(tops)
+            spread_ = statistics.stdev(tops) if len(tops) > 1 else 0.0
+            axes.errorbar(max(x, 0.5), y, yerr=spread_, fmt="o", color=colour, capsize=3, label=label)
+            axes.annotate(row["recipe"], (max(x, 0.5), y), textcoords="offset points", ha="center", fontsize=8,
+                          xytext=(0, -14) if row["recipe"] == PEER else side)  # fmt: skip
+            label = None
+    axes.axhline(100 * wanted[0]["dense"], color="grey", linestyle=":", label="dense")
+    axes.set(xscale="log", xlabel="CPU seconds of pruning, one thread", ylabel="top-1 accuracy, %", ylim=(0, 90))
+    axes.margins(x=0.15)
+    axes.legend(loc="center left", frameon=False)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def table(result: dict) -> str:

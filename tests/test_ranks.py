@@ -20,7 +20,8 @@ if os.name != "posix":
 
 fork = multiprocessing.get_context("fork")
 DEFAULT = Recipe(nm="2:4")
-METRIC = Recipe(nm="2:4", target={"metric": 0.5})  # the output metric couples rows: masks are divided, solves are not
+# the output metric couples rows: masks are divided, solves are not
+METRIC = Recipe(nm="2:4", target={"metric": 0.5, "caution": 0.5})
 SPARSEGPT = Recipe(nm="2:4", mask={"method": "sparsegpt"}, solve=None)
 HALF = Recipe(sparsity=0.5)  # one threshold for a layer: its rows are not divided
 
