@@ -97,7 +97,7 @@ def test_any_number_of_ranks_gives_the_same_model(recipe, size, count):
             assert torch.equal(w, other), f"{name}: the order of the sums shows"
     layers = [r for r in found[0][1] if r["pattern"]]
     assert all(r["sent_bytes"] > 0 for r in layers)
-    sums = 8 * (12 * 12 + 12 + 12 * 8 + 2 * 8) + 8  # xx, sx, xd, dd, sd of the first layer; the count
+    sums = 8 * (12 * 12 + 12 + 12 * 8 + 2 * 8) + 16  # xx, sx, xd, dd, sd of the first layer; two counts
     assert layers[0]["sent_bytes"] == sums, "so little work is done by every rank"
 
 
@@ -119,7 +119,7 @@ def test_rows_are_divided_where_that_is_worth_it(recipe):
     each = 0 if recipe is HALF else (4 + 1) + 4 * (recipe is DEFAULT)  # a weight and its mask; a refit weight
     shapes = [(1, 3, 12), (1, 3, 12), (1, 2, 12)] if each else [(1, 8, 12)] * 3
     assert [found[r][1][0] for r in range(3)] == shapes
-    assert found[0][2] == 8 * (12 * 12 + 12 + 12 * 8 + 2 * 8) + 8 + 3 * 12 * each
+    assert found[0][2] == 8 * (12 * 12 + 12 + 12 * 8 + 2 * 8) + 16 + 3 * 12 * each
     alone = network()
     prune(alone, images(3), recipe)
     for name, w in alone.state_dict().items():
