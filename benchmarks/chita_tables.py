@@ -100,6 +100,9 @@ def resnet20() -> dict[str, Any]:
     return {
         "magnitude": {"mask": "magnitude", "solve": "none"},
         "magnitude, BN": {"mask": "magnitude", "solve": "none", **renew},
+        "magnitude, BN of plain images": {"mask": "magnitude", "solve": "none", **renew, "augment": None},
+        "magnitude, matched BN of plain images": {"mask": "magnitude", "solve": "none", "batchnorm": "match",
+                                                  "samples": 2000},
         "WoodFisher, BN": {"mask": {"method": "woodfisher", "ridge": 1e-2}, "solve": "none", **renew, "fisher": one},
         "CHITA": {"mask": {**chita, "ridge": 1e-4}, "solve": "none", "fisher": one},
         "CHITA, BN": {"mask": chita, "solve": "none", "fisher": one, **renew},

@@ -36,6 +36,11 @@ def restore(found: list[_BatchNorm], saved: list[tuple[Tensor, Tensor]]) -> None
         m.running_var.copy_(var)  # type: ignore[union-attr]
 
 
+def scaled(model: nn.Module) -> bool:
+    """Whether there are norms, all with a scale and a shift, so that `anchor` works."""
+    return bool(norms(model)) and all(m.weight is not None for m in norms(model))
+
+
 def anchor(model: nn.Module, batches: list[Any]) -> int:
     """Write every norm with the statistics of its inputs on the calibration images, scale and shift making up for it.
 

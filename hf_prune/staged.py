@@ -168,9 +168,9 @@ def stages(
     shapes = [s.shape for s in run.sites]
     steps = schedule(recipe.schedule, recipe.stages, 1 - pattern.density, *run.options.way())
     original = run.weights()
-    dense = draw(len(steps) - 1) if recipe.batchnorm == "match" else ([], [])  # those that the last stage renews on
-    if dense[0]:
-        batchnorm.anchor(run.model, dense[0])
+    if recipe.batchnorm == "match" or (recipe.batchnorm == "auto" and batchnorm.scaled(run.model)):
+        kept = run.options.held_out if judged(recipe, run.options) else 0.0
+        batchnorm.anchor(run.model, hold_out(*draw(0), kept, seed)[0][0])
     entries: list[dict] = []
     dense_outputs: list[Tensor] | None = None
     axes: list[int] | None = None
