@@ -605,7 +605,7 @@ def vit_tables(told: dict[str, Any]) -> list[str]:
     few = max(told["runs"].get("hessian", {}).get("steps") or [0])
     for row in told["rows"]:
         spectral = "" if row["spectral"] is None else f"{row['spectral']:.3f}"
-        spectral += f" ({few} steps, too few)" if spectral and few < limit.SETTLED else ""
+        spectral += f" ({few} steps, too few)" if spectral and not row["spectral_settled"] else ""
         out.append(line(eps_of(row), share(row["measured"]), f"{100 * row['measured_at']['held_out_accuracy']:.1f}",
                         share(row["quadratic"]), share(row["trace"]), spectral,
                         interval(row) + (" (vacuous)" if told["model"]["vacuous"] else "")))  # fmt: skip
