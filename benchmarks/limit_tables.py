@@ -247,7 +247,7 @@ def vit(args: argparse.Namespace) -> None:
             save("vit", told)
         for row in told["rows"]:
             done = told["at_estimate"].setdefault(str(samples), {})
-            if row["spectral_settled"] and row["eps"] not in done:
+            if row["spectral"] is not None and row["eps"] not in done:
                 sparsity = round(row["spectral"], 3)
                 found = vit_refit(samples, args.samples, sparsity=sparsity, scope="model")
                 done[row["eps"]] = {"sparsity": sparsity, **found}
