@@ -247,7 +247,7 @@ def vit(args: argparse.Namespace) -> None:
             save("vit", told)
         for row in told["rows"]:
             done = told["at_estimate"].setdefault(str(samples), {})
-            if row["spectral_settled"] and row["eps"] not in done:
+            if row["spectral"] is not None and row["eps"] not in done:
                 sparsity = round(row["spectral"], 3)
                 found = vit_refit(samples, args.samples, sparsity=sparsity, scope="model")
                 done[row["eps"]] = {"sparsity": sparsity, **found}
@@ -605,7 +605,7 @@ def vit_tables(told: dict[str, Any]) -> list[str]:
     few = max(told["runs"].get("hessian", {}).get("steps") or [0])
     for row in told["rows"]:
         spectral = "" if row["spectral"] is None else f"{row['spectral']:.3f}"
-        spectral += f" ({few} steps, too few)" if spectral and few < limit.SETTLED else ""
+        spectral += f" ({few} steps, too few)" if spectral and not row["spectral_settled"] else ""
         out.append(line(eps_of(row), share(row["measured"]), f"{100 * row['measured_at']['held_out_accuracy']:.1f}",
                         share(row["quadratic"]), share(row["trace"]), spectral,
                         interval(row) + (" (vacuous)" if told["model"]["vacuous"] else "")))  # fmt: skip

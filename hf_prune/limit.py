@@ -28,6 +28,7 @@ GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0
 HALVINGS = 6  # of the step of the grid that holds a knee
 BATCH = 128  # images of the mini-batches whose spread `auto` is
 SETTLED = 64  # Lanczos steps below which the figure of |H| is marked: it is too low, and half of them say the same
+LOOSE = 0.1  # sparsity by which half of the steps may differ before it is marked too
 VACUOUS = 0.5  # a rank below this share of the weights decides the Gauss-Newton figure by itself
 SKIP_SHARE = 0.1  # layers suggested to stay dense hold at most this share of the weights
 DAMAGE = 0.5  # ... and are listed until they make up this share of the damage
@@ -336,10 +337,13 @@ class _Work:
     def hessian_at(self, runs: list[Lanczos], eps: float) -> tuple[float, float]:
         """(sparsity, uncertainty): the change against half of the steps, plus the spread of the probes."""
         full = [self.absolute([r.gauss()], eps) for r in runs]
-        value = self.absolute([r.gauss() for r in runs], eps)
+        change = 0.0 if all(r.ended for r in runs) else self.halved(runs, eps)
+        return self.absolute([r.gauss() for r in runs], eps), change + spread(full)
+
+    def halved(self, runs: list[Lanczos], eps: float) -> float:
+        """How far the sparsity moves when half of the steps are left out."""
         half = self.absolute([r.gauss(max(1, r.steps // 2)) for r in runs], eps)
-        change = 0.0 if all(r.ended for r in runs) else abs(value - half)
-        return value, change + spread(full)
+        return abs(self.absolute([r.gauss() for r in runs], eps) - half)
 
     def probe(self, number: int) -> Tensor:
         return probe(len(self.weights), self.options.seed, number, self.weights.dtype, self.weights.device)
@@ -432,14 +436,22 @@ class _Work:
         out["trace"] = fixed_point(from_trace(self.mean(exact)), self.removal, eps)
         if exact:
             out["spectral"], out["spectral_uncertainty"] = self.hessian_at(exact, eps)
-            out["spectral_settled"] = enough(exact)
+            out["spectral_settled"] = self.enough(exact)
         if newton:
             out["gauss_newton"] = list(self.between(bounds(newton), eps))
         return out
 
     def mean(self, exact: list[Lanczos]) -> float:
         """tr |H| / D; from the Gauss-Newton matrix where there is no |H| or too few steps of it."""
-        return mean_curvature([r.gauss() for r in exact]) if exact and enough(exact) else self.newton_mean
+        return mean_curvature([r.gauss() for r in exact]) if exact and self.enough(exact) else self.newton_mean
+
+    def enough(self, exact: list[Lanczos]) -> bool:
+        """Whether the rows of |H| are worth reading: enough steps, and half of them say about the same."""
+        if all(run.ended for run in exact):
+            return True
+        return all(run.ended or run.steps >= SETTLED for run in exact) and all(
+            self.halved(exact, eps) <= LOOSE for _, eps in self.eps
+        )
 
     def sides(self, runs: list[Lanczos]) -> dict[str, Any]:
         """1 - s and the share that must stay, over s, for the middle row: they cross at the estimate."""
@@ -518,10 +530,6 @@ class _Work:
         module = copy.deepcopy(self.model)
         loop.prune(module, self.batches, recipe)
         return self.judge(module)
-
-
-def enough(exact: list[Lanczos]) -> bool:
-    return all(run.ended or run.steps >= SETTLED for run in exact)
 
 
 def suggested(layers: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -116,8 +116,9 @@ def _limits(study: Study) -> str:
         lines += _wrap("not computed; the last lines of the page say why", "  -             ")
     if any(row["spectral_settled"] is False for row in study.rows):
         lines += _wrap(
-            f"fewer than {SETTLED} Lanczos steps: the eigenvalues near zero are not told apart, and the figure is too "
-            "low as a rule (the trace is then that of the Gauss-Newton matrix). Give more --steps or --time-limit.",
+            f"too few Lanczos steps (fewer than {SETTLED}, or half of them say something else): the eigenvalues near "
+            "zero are not told apart, and the figure is too low as a rule (the trace is then that of the Gauss-Newton "
+            "matrix). Give more --steps or --time-limit.",
             "  few           ",
         )
     if study.model["vacuous"]:
