@@ -125,7 +125,6 @@ def main() -> None:
     began = time.process_time()
     loop.prune(model, batches, recipe.load(args.recipe, nm="2:4", samples=args.samples))
     whole = time.process_time() - began
-    operations["streams advance"] = forward * images  # the pruned stream; the dense one is in the forwards for the sums
     seconds["everything else"] = whole - sum(seconds.values())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     lines = [
