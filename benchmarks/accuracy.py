@@ -17,6 +17,7 @@ import copy
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -82,27 +83,11 @@ def main() -> None:
             images = calibration.images(args.calibration, samples=args.samples, seed=draw)
             chosen = recipe.load("sparsegpt" if name == PEER else name, samples=args.samples, seed=draw, **pattern)
             batches = list(calibration.batches(images, loaded, chosen.batch_size))
-            module = copy.deepcopy(loaded.module)
-            began, wall = time.process_time(), time.perf_counter()
-            if name == PEER:
-                peer(module, batches, chosen)
-            else:
-                prune(module, batches, chosen)
-            seconds, wall = time.process_time() - began, time.perf_counter() - wall
-            found = outputs(loaded, module, pixels)
-            error = float((found - dense).square().sum() / dense.square().sum())
-            runs.append(
-                {
-                    "draw": draw,
-                    "top1": accuracy(found, labels),
-                    "logit_error": error,
-                    "cpu_seconds": seconds,
-                    "seconds": wall,
-                }
-            )
+            run = measured(loaded.module, batches, chosen, name, lambda m: outputs(loaded, m, pixels), dense, labels)
+            runs.append({"draw": draw, **run})
             print(
-                f"  {name} draw {draw}: top-1 {100 * runs[-1]['top1']:.1f} %, logit error {error:.3f}, "
-                f"{seconds:.0f} CPU s",
+                f"  {name} draw {draw}: top-1 {100 * run['top1']:.1f} %, logit error {run['logit_error']:.3f}, "
+                f"{run['cpu_seconds']:.0f} CPU s",
                 flush=True,
             )
         rows.append({"recipe": ", --set ".join([name, *args.set]), "runs": runs})
@@ -115,6 +100,20 @@ def main() -> None:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measured(
+    model: torch.nn.Module, batches: list, chosen: Recipe, name: str,
+    outputs: Callable[[torch.nn.Module], torch.Tensor], dense: torch.Tensor, labels: list[int | None],
+) -> dict:  # fmt: skip
+    """Prune a copy of the model, with the peer where `name` is its row, and judge its outputs on validation images."""
+    module = copy.deepcopy(model)
+    began, wall = time.process_time(), time.perf_counter()
+    (peer if name == PEER else prune)(module, batches, chosen)
+    seconds, wall = time.process_time() - began, time.perf_counter() - wall
+    found = outputs(module)
+    error = float((found - dense).square().sum() / dense.square().sum())
+    return {"top1": accuracy(found, labels), "logit_error": error, "cpu_seconds": seconds, "seconds": wall}
 
 
 def settings(texts: list[str]) -> dict:

@@ -205,7 +205,7 @@ def network(name: str) -> Network:
                    whole=name == "mobilenet")  # fmt: skip
 
 
-def images(file: str, mean: float, std: float) -> tuple[Tensor, Tensor]:
+def images(file: str, mean: float | Tensor, std: float | Tensor) -> tuple[Tensor, Tensor]:
     import numpy as np
     import pyarrow.parquet as parquet
     from PIL import Image

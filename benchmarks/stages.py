@@ -26,7 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_prune import calibration, collect, loop, models, objective, permute, recipe, sites, walk
+from hf_prune import calibration, collect, linalg, loop, models, objective, permute, recipe, sites, walk
 
 SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 seconds: dict[str, float] = defaultdict(float)
@@ -111,7 +111,7 @@ def main() -> None:
 
     def triangle(n: int) -> float:
         """Entries that a symmetric product computes (linalg.symmetric)."""
-        return n * n * (0.625 if n >= 512 else 0.75 if n >= 128 else 1.0)
+        return n * n * (linalg.bands(n) + 1) / (2 * linalg.bands(n))
 
     timed(objective.Gram, "add_inputs", "sums: x xT", lambda self, x, w=None: 2 * samples(x) * triangle(x.shape[2]))
     timed(objective.Gram, "add_corrections", "sums: x dT",

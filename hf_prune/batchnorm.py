@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ranks
 from .sites import feed, quiet
+from .walk import _hooks
 
 CHOICES = ("keep", "renew", "match", "auto")
 
@@ -38,7 +39,8 @@ def restore(found: list[_BatchNorm], saved: list[tuple[Tensor, Tensor]]) -> None
 
 def scaled(model: nn.Module) -> bool:
     """Whether there are norms, all with a scale and a shift, so that `anchor` works."""
-    return bool(norms(model)) and all(m.weight is not None for m in norms(model))
+    found = norms(model)
+    return bool(found) and all(m.weight is not None for m in found)
 
 
 def anchor(model: nn.Module, batches: list[Any]) -> int:
@@ -47,7 +49,8 @@ def anchor(model: nn.Module, batches: list[Any]) -> int:
     The model computes what it did.  Means and variances are averages over the batches of all ranks, as in `renew`.
     Returns how many there are; raises ValueError for a norm without scale and shift.
     """
-    found = {name: m for name, m in model.named_modules() if m in set(norms(model))}
+    known = set(norms(model))
+    found = {name: m for name, m in model.named_modules() if m in known}
     for name, m in found.items():
         if m.weight is None:
             raise ValueError(f"batchnorm match: {name} has no scale and shift to make up with; use renew or keep.")
@@ -61,13 +64,9 @@ def anchor(model: nn.Module, batches: list[Any]) -> int:
         return hook
 
     hooks = [m.register_forward_pre_hook(note(i)) for i, m in enumerate(found.values())]
-    try:
-        with quiet(model), torch.no_grad():
-            for batch in batches:
-                feed(model, batch)
-    finally:
-        for h in hooks:
-            h.remove()
+    with _hooks(*hooks), quiet(model), torch.no_grad():
+        for batch in batches:
+            feed(model, batch)
     ranks.sum_(sums)
     calls = ranks.agree(float(len(batches)))
     with torch.no_grad():

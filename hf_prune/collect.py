@@ -118,12 +118,11 @@ def grams(
     order of the batches, and the ranks that hold them, leave no trace in the bits.
     """
     stage = Stage(walk, i, sites, dense, target)
-    room = KEPT - sum(held(pair.calls) for pair in pairs)
+    room = KEPT - sum(held(pair.calls) for pair in pairs) if walk.keeps else 0
     with quiet(walk.model):
         for pair in pairs:
             before = held(pair.calls)
-            keep = room > 0 and walk.device.type == "cpu" and walk.store.budget is None
-            stage.add(pair, compare=target.mix > 0 and (pair.drifted or touched), keep=keep)
+            stage.add(pair, compare=target.mix > 0 and (pair.drifted or touched), keep=room > 0)
             room -= held(pair.calls) - before
     shared = {id(t): t for g in stage.sums for t in (g.xx, g.sx)}
     ranks.sum_(shared.values())
@@ -137,18 +136,19 @@ def grams(
     return stage.sums
 
 
-KEPT = 2**30  # bytes of the pruned network's activations in one unit that are kept for its next stages, likewise
-AHEAD = 2**30  # bytes of the dense network's activations in one unit that may be kept on a CPU; beyond, they are redone
+# bytes of activations in one unit that may be kept where the walk keeps any; beyond, they are made again
+AHEAD = 2**30  # of the dense network, for all stages
+KEPT = 2**30  # of the pruned network, for the stages to come
 
 
 def look_ahead(
     walk: Walk, i: int, sites: list[Site], pairs: list[Pair], dense: dict[str, Tensor], target: Target,
     room: int = AHEAD,
 ) -> None:  # fmt: skip
-    """Fill in `ahead` of as many pairs as there is room for, in bytes.  On a GPU, which redoes it faster: of none."""
+    """Fill in `ahead` of as many pairs as there is room for, in bytes; of none where the walk keeps nothing."""
     stage = Stage(walk, i, sites, dense, target)
     with quiet(walk.model):
-        for pair in pairs if walk.device.type == "cpu" else ():
+        for pair in pairs if walk.keeps else ():
             pair.ahead = stage.ahead(pair)
             room -= pair.ahead.size()
             if room < 0:

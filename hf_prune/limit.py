@@ -400,6 +400,7 @@ class _Work:
                 exact = self.hessian()
             except NoSecondDerivative as error:
                 self.notes.append(f"the exact Hessian is left out: {error}.")
+        self.readable = bool(exact) and self.enough(exact)
         self.task.forget()
         rows = [self.row(name, eps, knees[name], judged[name], quadratic[name], newton, exact)
                 for name, eps in self.eps]  # fmt: skip
@@ -436,14 +437,14 @@ class _Work:
         out["trace"] = fixed_point(from_trace(self.mean(exact)), self.removal, eps)
         if exact:
             out["spectral"], out["spectral_uncertainty"] = self.hessian_at(exact, eps)
-            out["spectral_settled"] = self.enough(exact)
+            out["spectral_settled"] = self.readable
         if newton:
             out["gauss_newton"] = list(self.between(bounds(newton), eps))
         return out
 
     def mean(self, exact: list[Lanczos]) -> float:
         """tr |H| / D; from the Gauss-Newton matrix where there is no |H| or too few steps of it."""
-        return mean_curvature([r.gauss() for r in exact]) if exact and self.enough(exact) else self.newton_mean
+        return mean_curvature([r.gauss() for r in exact]) if self.readable else self.newton_mean
 
     def enough(self, exact: list[Lanczos]) -> bool:
         """Whether the rows of |H| are worth reading: enough steps, and half of them say about the same."""

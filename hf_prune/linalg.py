@@ -29,13 +29,18 @@ Columns = Callable[[Callable[[slice], Tensor], int, int], Tensor]
 _COLUMNS: ContextVar[Columns] = ContextVar("columns", default=lambda some, cost, count: some(slice(0, count)))
 
 
+def bands(n: int) -> int:
+    """How many bands `symmetric` makes an n x n product in: with b it multiplies (b + 1) / 2b of the entries."""
+    return 4 if n >= 512 else 2 if n >= 128 else 1
+
+
 def symmetric(a: Tensor, b: Tensor) -> Tensor:
     """aᵀ b (..., n, n) of a, b (..., samples, n) whose product is symmetric, as sums of outer products are.
 
     Only blocks on and above the diagonal are multiplied: five eighths of the operations where n is large.
     """
     n = b.shape[-1]
-    parts = 4 if n >= 512 else 2 if n >= 128 else 1
+    parts = bands(n)
     if parts == 1:
         return a.mT @ b
     out = b.new_empty(*b.shape[:-2], n, n)

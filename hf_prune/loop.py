@@ -451,7 +451,7 @@ class Block:
         entries: list[dict] = []
         if gram and self.target.residual:
             find_junctions(self.way, self.unit, self.small)
-        if gram and self.target.mix > 0 and self.way.store.budget is None:
+        if gram and self.target.mix > 0:
             where = self.way, self.index
             ahead = functools.partial(look_ahead, *where, self.unit.sites, self.pairs, self.dense, self.target)
             microbatch.with_less(ahead, *where, self.pairs, self.batch, self.tell)

@@ -244,7 +244,7 @@ def _block(
     if gram and target.residual:
         find_junctions(way, unit, entry)
     ahead = 0
-    if gram and target.mix > 0 and way.device.type == "cpu":
+    if gram and target.mix > 0 and way.keeps:
         with torch.no_grad():
             ahead = Stage(way, i, unit.sites, dense, target).ahead(pair).size()
     for stage in target.stages(unit):
@@ -255,7 +255,7 @@ def _block(
             fixed = _bytes(list(kept.values()))
             rounded = sum(t.numel() * made.sums[0].weight.element_size() for t in kept.values())
             image = max(image, live(lambda made=made: made.add(pair, compare=target.mix > 0)))  # type: ignore[misc]
-            if way.device.type == "cpu":
+            if way.keeps:
                 made.add(kept_for, compare=target.mix > 0, keep=True)
         sums.append(fixed)
         solves.append(rounded + max(solve_bytes(s, recipe, target) for s in _joined(stage, target)))

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .junction import Additions
+from .sites import _tensors
 
 Key = tuple[nn.Module, int]  # a module, and which of its calls in one forward
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
@@ -101,10 +102,6 @@ class Recall:
 def _plain(module: nn.Module) -> bool:
     """Whether its forward can be replaced: it is Python, and nobody else has done so."""
     return "forward" not in vars(module) and not isinstance(module, torch.jit.ScriptModule)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(tree) if torch.is_tensor(t)]
 
 
 def _versions(tree: Any) -> list[int]:

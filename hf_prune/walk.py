@@ -217,6 +217,11 @@ class Walk:
             self.mode = "chain"
             self._check(batch, inputs, outputs)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether activations within a unit may be kept rather than made again: on a CPU without a budget of memory."""
+        return self.device.type == "cpu" and self.store.budget is None
+
     @classmethod
     def unchecked(cls, model: nn.Module, units: list[Unit]) -> Walk:
         """Units that are run by themselves, on arguments recorded from a forward; nothing is carried on to the next."""
