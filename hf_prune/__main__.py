@@ -5,14 +5,17 @@ import sys
 from hf_prune.cli import main
 
 
-def _leave_process_group() -> None:
-    """End the process group that accelerate started, if any: NCCL warns, and may hang, when a rank exits inside it."""
+def command() -> int:
+    """Run one command, end the process group that accelerate started for it, if any, and return the exit code.
+
+    A rank must not exit inside its group: NCCL warns, and may hang; gloo's threads may abort the process.
+    """
+    code = main()
     torch = sys.modules.get("torch")  # a command that never needed torch has no group to leave
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":
-    code = main()
-    _leave_process_group()
-    sys.exit(code)
+    sys.exit(command())

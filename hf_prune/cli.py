@@ -485,6 +485,8 @@ def process_state(device: str | None, timeout: float = 30.0) -> PartialState:
     import torch
     from accelerate import PartialState
 
+    from . import ranks  # noqa: F401 - before a group begins: what it imports must not take hold of the group
+
     wanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     cpu = wanted or device == "cpu" or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=datetime.timedelta(minutes=timeout))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,6 +13,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 sent = 0  # bytes that this rank has handed to the others, since the process began
+
+
+def _leave_the_group_free() -> None:
+    """Import torch.distributed.nn while no process group can be seen, so that destroy_process_group ends the group.
+
+    torch.distributed.nn.functional has the default group of the moment of its import as default arguments, and torch
+    imports it in the midst of a run (with torch._dynamo, at a convolution under a dispatch mode). The group then
+    outlives its destruction, and gloo's threads run on into the exit of the interpreter: one that drops the tensors of
+    the last operation just then waits for the GIL in a destructor, where Python ends the thread: the process aborts.
+    """
+    begun = dist.group.WORLD
+    dist.group.WORLD = None
+    try:
+        importlib.import_module("torch.distributed.nn")
+    finally:
+        dist.group.WORLD = begun
+
+
+if dist.is_available():
+    _leave_the_group_free()
 
 
 class Lost(RuntimeError):

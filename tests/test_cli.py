@@ -745,6 +745,28 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def test_the_group_that_a_launcher_asks_for_is_gone_when_the_command_ends(home: Path) -> None:
+    code = """if True:
+        import sys, weakref
+        from hf_prune import __main__
+        work, seen = __main__.main, []
+
+        def main():
+            done = work()
+            import torch
+            seen.append(weakref.ref(torch.distributed.group.WORLD))
+            return done
+
+        __main__.main = main
+        assert __main__.command() == 0 and seen[0]() is None
+    """
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    line = [sys.executable, "-c", code, *words(home, "--quiet", "--no-eval")]
+    done = subprocess.run(line, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_processes_write_one_folder_and_say_everything_once(home: Path) -> None:
     answer = launch(home)
     assert answer.returncode == 0, answer.stderr

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from datetime import timedelta
 
@@ -180,6 +182,21 @@ def test_a_rank_that_hangs_is_waited_for_no_longer_than_the_time_limit():
     found = run(2, work, seconds=4)
     assert isinstance(found[0], ranks.Lost) and "has not answered in time" in str(found[0])
     assert time.monotonic() - began < 40
+
+
+def test_a_destroyed_group_is_gone():
+    """Else its threads run on, and the process may abort at exit.  In a fresh process, which has imported nothing."""
+    code = """if True:
+        import weakref, torch
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        import hf_prune
+        model = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3))
+        hf_prune.prune(model, [torch.randn(4, 4, 8, 8)], "magnitude", sparsity=0.5)
+        group = weakref.ref(torch.distributed.group.WORLD)
+        torch.distributed.destroy_process_group()
+        assert group() is None
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_mistake_of_rank_0_reaches_all(tmp_path):
