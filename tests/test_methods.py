@@ -220,7 +220,7 @@ def test_exchanges_never_make_a_row_or_a_layer_worse_than_sparsegpt(pattern):
 
 def test_exchanges_come_close_to_the_best_mask_of_all():
     """All 36 masks 2:4 of a row of eight, refit each: the search ends at the best of them in most rows."""
-    pairs = [c for c in itertools.combinations(range(4), 2)]
+    pairs = list(itertools.combinations(range(4), 2))
     every = torch.zeros(36, 8, dtype=torch.bool)
     for n, (a, b) in enumerate(itertools.product(pairs, pairs)):
         every[n, [*a, b[0] + 4, b[1] + 4]] = True
