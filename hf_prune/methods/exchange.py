@@ -17,17 +17,16 @@ from . import Draft, Problem, sparsegpt
 EVIDENCE = "gram"
 
 
-def select(
-    problem: Problem, *, ridge: float = 0.1, rounds: int = 4, share: float = 0.25, tolerance: float = 1e-2
-) -> Draft:
-    """A mask under which the refit objective is never higher than under SparseGPT's, up to the solver's tolerance.
+def select(problem: Problem, *, ridge: float = 0.1, rounds: int = 4, share: float = 0.25, steps: int = 10) -> Draft:
+    """A mask under which the refit objective is never higher than under SparseGPT's, up to how far solves go.
 
     A kept weight w_j costs w_j² / [H⁻¹]_jj to remove, a removed one whose half gradient is g_j gains g_j² [H⁻¹]_jj (OBS
     with the inverse of the whole H in place of each row's own: too low a cost, too high a gain, so that only the best
     exchanges are tried together and a row, or the layer where it has one budget, keeps its mask unless it improves).
 
     ridge: share of the mean diagonal of the Gram matrix.  rounds: each takes a step of `masked_solve`.  share: of the
-    promising exchanges, how many a round makes; halved where it failed.  tolerance: of the solves in between.
+    promising exchanges, how many a round makes; halved where it failed.  steps: of conjugate gradients in between, always
+    as many, so that no row's mask depends on the rows beside it.
     """
     h, b = problem.objective.normal(ridge)
     inverse = torch.cholesky_inverse(cholesky(h))
@@ -36,19 +35,22 @@ def select(
     pattern = problem.pattern
     apart = bool(pattern.m) or pattern.scope == "row"  # rows are problems of their own
 
+    def solved(mask: Tensor, start: Tensor) -> Tensor:
+        return masked_solve(h, b, mask, start, 0.0, steps)
+
     def excess(w: Tensor) -> Tensor:
         step = w - free
         rows = (step @ h * step).sum(-1, keepdim=True)
         return rows if apart else rows.sum().view(1, 1, 1)
 
     mask = sparsegpt.select(problem, damp=ridge).mask
-    weight = masked_solve(h, b, mask, free, tolerance)
+    weight = solved(mask, free)
     now = excess(weight)
     shares = torch.full_like(now, share)
     for _ in range(rounds):
         score = torch.where(mask, weight.square() / scale, (b - weight @ h).square() * scale)
         tried = exchanged(mask, score, pattern, shares.flatten())
-        moved = masked_solve(h, b, tried, weight, tolerance)
+        moved = solved(tried, weight)
         after = excess(moved)
         better = after < now
         mask, weight = torch.where(better, tried, mask), torch.where(better, moved, weight)
