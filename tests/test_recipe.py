@@ -141,7 +141,7 @@ def test_everything_wrong_is_said_at_once_with_the_nearest_names(tmp_path: Path)
         "sample (recipe mine): there is no such key. Did you mean samples",
         "batch_size (recipe mine): expected a whole number of at least 1, found 0",
         "there is no method 'obss'; known: magnitude, wanda, obs, sparsegpt, chita, obd, woodfisher, mfac, cbs, alps, "
-        "obc. "
+        "obc, exchange. "
         "Did you mean obs or",
         "least_squares has no option 'rigde'; it has ridge, tolerance. Did you mean ridge?",
         "nm (recipe mine): N:M keeps N of every M weights, so 0 < N < M is needed, found 4:4",

@@ -36,7 +36,9 @@ class Draft(NamedTuple):
     mask: Tensor
 
 
-MASKS = ("magnitude", "wanda", "obs", "sparsegpt", "chita", "obd", "woodfisher", "mfac", "cbs", "alps", "obc")
+MASKS = (
+    "magnitude", "wanda", "obs", "sparsegpt", "chita", "obd", "woodfisher", "mfac", "cbs", "alps", "obc", "exchange",
+)  # fmt: skip
 # each row of a layer is a problem of its own, so that processes may divide them
 ROWS_APART = {"magnitude", "wanda", "obs", "sparsegpt", "obc", "least_squares"}
 SOLVES = ("least_squares", "snows", "chita")
