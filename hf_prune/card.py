@@ -311,6 +311,7 @@ LABELS = {
     "true": "the images' own labels",
     "sampled": "labels drawn from the model's own prediction",
     "projected": "random projections of the outputs",
+    "dense": "random projections of the distance to the dense model's outputs",
 }
 
 
