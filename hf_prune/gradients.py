@@ -58,7 +58,7 @@ class Rows:
         if self.first_order not in (None, True, False, "loss"):
             raise ValueError(f"fisher.first_order {self.first_order}: choose one of true, false, loss, null.")
         if self.labels == "dense" and self.first_order is True:
-            raise ValueError("fisher.first_order true asks every row for the same; with labels dense use loss or false.")
+            raise ValueError("fisher.first_order true asks the same of every row; with labels dense use loss or false.")
         if self.minibatch < 1 or (self.rows is not None and self.rows < 2):
             raise ValueError(f"fisher: 2 rows of 1 image are the least, found {self.rows} of {self.minibatch}.")
 

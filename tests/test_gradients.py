@@ -116,7 +116,7 @@ def test_gradients_without_labels_have_the_second_moment_of_the_gauss_newton_mat
 @pytest.mark.parametrize("minibatch", [1, 3])
 @pytest.mark.parametrize("logits", [True, False])
 def test_rows_of_dense_labels_against_one_backward_each(minibatch, logits):
-    """a_i is the gradient of the outputs along a random direction, e_i how far they are from the dense ones along it."""
+    """a_i is the gradient of the outputs along a random direction, e_i their distance to the dense ones along it."""
     model = convolutions().eval().double()
     model = model if logits else nn.Sequential(*list(model)[:-2])
     x = torch.randn(12, 3, 8, 8, dtype=torch.float64)
