@@ -97,6 +97,10 @@ def resnet20() -> dict[str, Any]:
     # each row asks for its own loss: the network fits its training images, the same fall from all is not there to have
     slow = {"rows": 240, "minibatch": 2, "labels": "true", "first_order": "loss", "first_stage": 0.5, "halvings": 5,
             "dwell": 0.5, "average": 0.15, "dtype": "bfloat16"}  # fmt: skip
+    # towards the dense network's answers: they have something to say where the labels are fitted already
+    distil = {"mask": {"method": "chita", "ridge": 1.0}, "solve": "none", **renew, "samples": 1000,
+              "fisher": {"rows": 480, "labels": "dense", "first_stage": 0.5, "halvings": 5, "dwell": 0.7,
+                         "average": 0.2, "dtype": "bfloat16"}}  # fmt: skip
     return {
         "magnitude": {"mask": "magnitude", "solve": "none"},
         "magnitude, BN": {"mask": "magnitude", "solve": "none", **renew},
@@ -107,13 +111,13 @@ def resnet20() -> dict[str, Any]:
         "CHITA": {"mask": {**chita, "ridge": 1e-4}, "solve": "none", "fisher": one},
         "CHITA, BN": {"mask": chita, "solve": "none", "fisher": one, **renew},
         "CHITA mask + least squares, BN": {"mask": chita, "solve": "least_squares", "fisher": one, **renew},
-        **{f"CHITA++ {stages}, BN": {"mask": {"method": "chita", "ridge": 1e-4}, "solve": "none", "stages": stages,
-                                     **renew, "samples": 480, "last": 2000, "fisher": slow} for stages in (40, 80)},
-        "magnitude, BN, JPEG": {"mask": "magnitude", "solve": "none", **renew, "other": True},
-        "CHITA, BN, JPEG": {"mask": chita, "solve": "none", "fisher": one, **renew, "other": True},
-        **{f"CHITA++ {stages}, BN, JPEG": {"mask": {"method": "chita", "ridge": 1e-4}, "solve": "none",
-                                           "stages": stages, **renew, "samples": 480, "last": 2000, "fisher": slow,
-                                           "other": True} for stages in (40, 80)},
+        "CHITA++ 40, BN": {"mask": {"method": "chita", "ridge": 1e-4}, "solve": "none", "stages": 40, **renew,
+                           "samples": 480, "fisher": slow},
+        "magnitude, BN, JPEG": {"mask": "magnitude", "solve": "none", **renew, "images": "other"},
+        "CHITA, BN, JPEG": {"mask": chita, "solve": "none", "fisher": one, **renew, "images": "other"},
+        **{f"CHITA++ {stages}, dense labels": {**distil, "stages": stages} for stages in (40, 80, 160)},
+        **{f"CHITA++ {stages}, dense labels, both": {**distil, "stages": stages, "images": "both"}
+           for stages in (40, 80, 160)},
     }  # fmt: skip
 
 
@@ -176,7 +180,12 @@ class Network(NamedTuple):
     methods: dict[str, Any]
     about: str  # which images, for the docs
     whole: bool = True  # the paper's protocol: every weight of the model under one threshold, stem and classifier too
-    other: tuple[Tensor, Tensor] | None = None  # other images to calibrate on, for methods with `other: true`
+    other: tuple[Tensor, Tensor] | None = None  # other images to calibrate on
+
+    def calibration(self, images: str) -> tuple[Tensor, Tensor]:
+        """What a method's `images` asks for: train, other, or both."""
+        sets = [s for s, names in ((self.train, ("train", "both")), (self.other, ("other", "both"))) if images in names]
+        return torch.cat([s[0] for s in sets if s]), torch.cat([s[1] for s in sets if s])
 
 
 def network(name: str) -> Network:
@@ -287,16 +296,14 @@ def one_run(net: Network, options: dict[str, Any], column: float | str, seed: in
     from hf_prune import batchnorm
 
     options = dict(options)
-    train = net.other if options.pop("other", False) else net.train
-    assert train is not None
+    train = net.calibration(options.pop("images", "train"))
     augment, recipe = options.pop("augment", None), options.pop("recipe", None)
     fisher = options.get("fisher", {})
     need = options.pop("samples", fisher.get("rows", 1000) * fisher.get("minibatch", 1))
-    last = options.pop("last", need)  # images of the last stage, whose batch norms are the model's
     g = torch.Generator().manual_seed(seed)
 
     def draw(stage: int) -> list:
-        return batches(train, last if stage + 1 == options.get("stages", 1) else need, g, augment)
+        return batches(train, need, g, augment)
 
     model = net.make()
     keys: dict[str, Any] = {"seed": seed, **pattern(column), **options}

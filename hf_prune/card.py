@@ -311,6 +311,7 @@ LABELS = {
     "true": "the images' own labels",
     "sampled": "labels drawn from the model's own prediction",
     "projected": "random projections of the outputs",
+    "dense": "random projections of the distance to the dense model's outputs",
 }
 
 
@@ -322,7 +323,8 @@ def _gradients(stages: Sequence[Mapping[str, Any]]) -> str:
     of = f" of {last['minibatch']} images each" if last["minibatch"] > 1 else ""
     said = f"Gradients of the loss: {last['rows']} rows{of}, {LABELS[last['labels']]}"
     said += f", anew at each of {len(stages)} stages" if len(stages) > 1 else ""
-    said += ", with the first-order term: each stage also took a step down the loss" if last["first_order"] else ""
+    way = "towards the dense model's outputs" if last["labels"] == "dense" else "down the loss"
+    said += f", with the first-order term: each stage also took a step {way}" if last["first_order"] else ""
     ridges = list(dict.fromkeys(f"{s['ridge']:g}" for s in made if s.get("ridge") is not None))
     chosen = ", chosen by the loss on images kept out" if "ridges" in last else ""
     return said + (f". Ridge {', '.join(ridges)}{chosen}." if ridges else ".")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import batchnorm, sites
 from .sites import Conv, Site, Tape, Use, feed, parameters, quiet
 
-LABELS = ("auto", "true", "sampled", "projected")
+LABELS = ("auto", "true", "sampled", "projected", "dense")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLUMNS = 2**20  # entries of unfolded input that one batched product may read: about what a core's cache holds
 
@@ -34,10 +34,12 @@ class Rows:
 
     rows: n, None for as many as the calibration images give.  minibatch: images whose mean gradient is one row.
     labels: `true` (the empirical Fisher; needs labelled images), `sampled` from the model's own prediction, `projected`
-    (a random projection of the Jacobian of the outputs, whose mean is the Gauss-Newton matrix); `auto` takes the true
-    labels where the calibration images have them and samples otherwise.  first_order: keep the gradient term of the
-    loss; None keeps it where a row is the mean of several true-label gradients, since a single one is mostly noise.
-    `loss`: every row asks for its own loss back instead of the same fall 1 / minibatch from all, see staged.py.
+    (a random projection of the Jacobian of the outputs, whose mean is the Gauss-Newton matrix), `dense` (the same for
+    the squared distance to the dense model's outputs on the same images, with what separates them as the first-order
+    term); `auto` takes the true labels where the calibration images have them and samples otherwise.  first_order:
+    keep the gradient term of the loss; None keeps it with `dense`, and where a row is the mean of several true-label
+    gradients, since a single one is mostly noise.  `loss`: every row asks for its own loss back instead of the same
+    fall 1 / minibatch from all, see staged.py.
     """
 
     rows: int | None = None
@@ -55,6 +57,8 @@ class Rows:
             raise ValueError(f"fisher.dtype {self.dtype}: choose one of {', '.join(DTYPES)}.")
         if self.first_order not in (None, True, False, "loss"):
             raise ValueError(f"fisher.first_order {self.first_order}: choose one of true, false, loss, null.")
+        if self.labels == "dense" and self.first_order is True:
+            raise ValueError("fisher.first_order true asks the same of every row; with labels dense use loss or false.")
         if self.minibatch < 1 or (self.rows is not None and self.rows < 2):
             raise ValueError(f"fisher: 2 rows of 1 image are the least, found {self.rows} of {self.minibatch}.")
 
@@ -168,11 +172,12 @@ def has_logits(out: Any) -> bool:
 def cotangent(z: Tensor, kind: str, labels: Tensor | None, generator: torch.Generator) -> Tensor:
     """Gradient of each image's loss with respect to its outputs z (images, ...), like z.
 
-    `sampled` and `projected` have the same second moment over draws where z are logits, diag(p) - p pᵀ.
+    `sampled` and `projected` have the same second moment over draws where z are logits, diag(p) - p pᵀ.  `dense` is a
+    direction in which the distance to the dense outputs is measured, its second moment the identity over their number.
     """
-    if kind == "projected":
+    if kind in ("projected", "dense"):
         xi = torch.randn(z.shape, generator=generator).to(z)
-        if z.dim() != 2:
+        if kind == "dense" or z.dim() != 2:
             return xi / z[0].numel() ** 0.5
         root = z.softmax(-1).sqrt()
         return root * xi - root.square() * (root * xi).sum(-1, keepdim=True)
@@ -183,6 +188,14 @@ def cotangent(z: Tensor, kind: str, labels: Tensor | None, generator: torch.Gene
     return p - F.one_hot(labels.to(p.device), p.shape[-1]).to(p)
 
 
+def asked(z: Tensor, dz: Tensor, kind: str, known: Tensor) -> Tensor:
+    """(images,) what a step should take off each image's loss: cross-entropy, or distance to the dense z along dz."""
+    known = known.to(z.device)
+    if kind == "dense":
+        return (dz.float() * (z.float() - known.float())).flatten(1).sum(1)
+    return F.cross_entropy(z.float(), known, reduction="none")
+
+
 def resolve_labels(kind: str, labels: Tensor | None, out: Any) -> str:
     """What `labels: auto` means here.  Raises ValueError where the choice needs what is not there."""
     logits = has_logits(out)
@@ -190,7 +203,7 @@ def resolve_labels(kind: str, labels: Tensor | None, out: Any) -> str:
         return "true" if labels is not None and logits else "sampled" if logits else "projected"
     if kind == "true" and labels is None:
         raise ValueError("fisher.labels true: the calibration images carry no label; sampled and projected need none.")
-    if kind != "projected" and not logits:
+    if kind not in ("projected", "dense") and not logits:
         raise ValueError(f"fisher.labels {kind}: the model returns no logits. Use projected.")
     return kind
 
@@ -294,8 +307,9 @@ def per_row(
     """(A, kind of labels used): A (n, p) float32, row r the mean gradient of `options.minibatch` images, p the weights
     of `found` one after another, each flattened in its canonical order.
 
-    labels: one tensor of class indices per batch, or None.  losses: (n,) to be filled with the mean cross-entropy of
-    the images of each row, where `labels` are true.  Raises ValueError where there are too few images.
+    labels: one tensor of class indices per batch, or None; for `options.labels` dense, the dense model's outputs.
+    losses: (n,) to be filled with the mean over the images of each row of what they ask for, see `asked`, where labels
+    are true or dense.  Raises ValueError where there are too few images.
     """
     images = sum(len(_first(b)) for b in batches)
     n = images // options.minibatch if options.rows is None else options.rows
@@ -348,9 +362,9 @@ def per_row(
                     watch.hook()
                 kind = resolve_labels(options.labels, known, out)
                 dz = cotangent(z.detach(), kind, known, generator)
-                if losses is not None and kind == "true":
+                if losses is not None and kind in ("true", "dense"):
                     assert known is not None
-                    each = F.cross_entropy(z.detach().float(), known.to(z.device), reduction="none")
+                    each = asked(z.detach(), dz, kind, known)
                     losses[row : row + rows] = each.view(rows, -1).mean(1).to(losses)
                 wanted = [t for t in sites._tensors(leaves) if t.requires_grad]
                 torch.autograd.grad(z, wanted, (dz / options.minibatch).to(z))

@@ -7,6 +7,7 @@ the other way round.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,8 @@ class Options(gradients.Rows):
     first_order: with a row's gradient a_i and e_i = 1 / minibatch (true), a stage asks every row for the same fall of
     its loss, which a network that fits its images does not have; ever larger steps follow.  With e_i the row's own mean
     loss (loss), a_i · (w - w̄) + e_i is that loss, linearised, and a stage is one Gauss-Newton step on the sum of the
-    rows' squared losses: it asks for no more than there is.
+    rows' squared losses: it asks for no more than there is.  With labels dense the same is a Gauss-Newton step on the
+    squared distance to the dense model's outputs: distillation, which needs no label and always has something to say.
     """
 
     ridges: tuple[float, ...] | list[float] = ()
@@ -173,6 +175,7 @@ def stages(
         batchnorm.anchor(run.model, hold_out(*draw(0), kept, seed)[0][0])
     entries: list[dict] = []
     dense_outputs: list[Tensor] | None = None
+    teacher = copy.deepcopy(run.model) if "fisher" in roles(recipe) and run.options.labels == "dense" else None
     axes: list[int] | None = None
     mean, done_before = Mean(), 0
     for t, sparsity in enumerate(steps):
@@ -198,13 +201,15 @@ def stages(
             sizes = shares(train[0], run.options)
             mine = replace(run.options, rows=sizes[ranks.rank()])
             order = shuffle(train, mine, seed + t)
+            if teacher is not None:
+                order = order[0], [*outputs(teacher, order[0])]
             losses = torch.zeros(sizes[ranks.rank()], dtype=torch.float64)
             grads, kind = gradients.per_row(run.model, run.sites, *order, mine, seed=seed + t, axes=axes, losses=losses)
             first = run.options.first_order
-            if first and kind != "true":
+            if first and kind not in ("true", "dense"):
                 raise ValueError(f"fisher.first_order: {kind} labels have none; it needs labelled images.")
             if first is None:
-                first = kind == "true" and run.options.minibatch > 1
+                first = "loss" if kind == "dense" else kind == "true" and run.options.minibatch > 1
             scale: float | Tensor = 1 / run.options.minibatch if first else 0.0
             if first == "loss":
                 scale = ranks.gather_rows(losses, sizes).to(grads.device)
@@ -241,7 +246,9 @@ def stages(
                 run.write(mean.value().to(current.dtype))
                 note += f", weights averaged over the last {mean.count} stages"
                 told["averaged"] = mean.count
-        done = settle_norms(run.model, recipe.batchnorm, train[0], kept_out, dense_outputs)
+        # at the goal every solve is against the statistics that there are: new ones would undo what it did
+        still = t > 0 and sparsity == steps[t - 1]
+        done = "" if still else settle_norms(run.model, recipe.batchnorm, train[0], kept_out, dense_outputs)
         told["batchnorm"] = done.removeprefix(", ") or "kept"
         run.notes.append(note + done)
         run.told.append(told)

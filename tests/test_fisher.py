@@ -419,6 +419,45 @@ def test_a_stage_may_be_a_gauss_newton_step_on_the_losses_of_the_rows(monkeypatc
         assert F.cross_entropy(model(x), y) < dense, "a step down the loss"
 
 
+def test_a_stage_of_dense_labels_is_a_step_towards_the_dense_outputs(monkeypatch):
+    """At the second stage the refit is the ridge regression that asks each row for its distance; without labels."""
+    seen = []
+    monkeypatch.setattr(staged, "Fisher", lambda *a, **k: seen.append(Fisher(*a, **k)) or seen[-1])
+    keys = {"mask": {"method": "chita", "ridge": 0.1}, "solve": "none", "sparsity": 0.6, "scope": "model"}
+    gap = {}
+    for stages in (1, 6):
+        for first in (None, False):
+            model = net()
+            way = {"labels": "dense", "dwell": 1.0, "first_order": first}
+            report = hf_prune.prune(model, data(labels=False), keys | {"stages": stages, "fisher": way})
+            gap[stages, first] = far(model)
+            assert [s["first_order"] for s in report.stages] == ["loss" if first is None else False] * stages
+            assert {s["labels"] for s in report.stages} == {"dense"}
+    assert gap[6, None] < 0.7 * gap[1, None], gap
+    assert gap[6, False] == pytest.approx(gap[1, None], rel=1e-6), "nothing is asked for, nothing moves"
+    fisher = seen[3]  # stage 2 of the first run of 6
+    assert float(seen[2].first.abs().max()) < 1e-5 < 0.1 < float(fisher.first.abs().max()), "dense when it begins"
+    mask = fisher.weight != 0
+    a = fisher.grads[:, mask].double()
+    k = a @ a.mT + fisher.n * fisher.ridge * torch.eye(len(a))
+    step = (fisher.refit(mask) - fisher.weight)[mask].double()
+    torch.testing.assert_close(step, -a.mT @ torch.linalg.solve(k, fisher.first), rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_stand_still_at_the_goal():
+    way = {"labels": "dense", "dwell": 0.5}
+    keys = {"mask": "chita", "solve": "none", "sparsity": 0.7, "scope": "model", "stages": 6, "fisher": way}
+    model, at = net(), []
+
+    def tell(event):
+        if event.get("text", "").startswith("stage"):
+            at.append(model[1].running_mean.clone())
+
+    report = loop.prune(model, data(), recipes.load(keys | {"batchnorm": "renew"}), progress=tell)
+    assert ["re-estimated" in s["batchnorm"] for s in report.stages] == [True] * 3 + [False] * 3
+    assert not torch.equal(at[0], at[1]) and torch.equal(at[3], model[1].running_mean)
+
+
 def test_the_ridge_is_chosen_on_images_kept_out_of_the_gradients():
     (train, _), (held, _) = staged.hold_out([torch.arange(10.0)[:, None]], [None], 0.2, 0)
     assert sorted(torch.cat(train + held).flatten().tolist()) == list(range(10)) and len(torch.cat(held)) == 2
@@ -497,18 +536,27 @@ def test_matched_statistics_do_not_care_where_the_scale_is():
     ("keys", "part"),
     [
         ({"fisher": {"label": "true"}}, "fisher has no option 'label'"),
-        ({"fisher": {"labels": "real"}}, "choose one of auto, true, sampled, projected"),
+        ({"fisher": {"labels": "real"}}, "choose one of auto, true, sampled, projected, dense"),
         ({"schedule": "steep"}, "choose one of exponential, linear, cubic, ratio"),
         ({"batchnorm": "no"}, "choose one of keep, renew, match, auto"),
         ({"stages": 0}, "expected a whole number of at least 1"),
         ({"mask": {"method": "chita", "support": "best"}}, "choose one of magnitude, iht, cost, splice"),
         ({"mask": "chita", "refine": "snows"}, "refine works on layer-wise solves"),
         ({"mask": "obd", "solve": "none", "fisher": {"first_order": True, "labels": "sampled"}}, "needs labelled"),
+        ({"fisher": {"first_order": True, "labels": "dense"}}, "with labels dense use loss or false"),
     ],
 )
 def test_mistakes_are_explained(keys, part):
     with pytest.raises(ValueError, match=part.replace("'", ".")):
         hf_prune.prune(net(), data(), {"sparsity": 0.5, **keys})
+
+
+def far(model):
+    """Distance to the dense outputs, over their norm."""
+    x = torch.cat(data(labels=False))
+    with torch.no_grad():
+        dense = net()(x)
+        return float((model(x) - dense).norm() / dense.norm())
 
 
 def one_rank(rank, size, port, folder, recipe):
@@ -531,13 +579,23 @@ RANKED = {
     for support in ("iht", "cost")
 }  # fmt: skip
 
+DENSE = {"mask": {"method": "chita", "ridge": 0.1}, "solve": "none", "sparsity": 0.6, "scope": "model", "stages": 4,
+         "batchnorm": "renew", "fisher": {"labels": "dense", "dwell": 0.7}}  # fmt: skip
+
 
 def test_two_ranks_give_the_same_model_as_one(tmp_path):
     """Uneven shares of the images, two batches and one: the rows of A meet in another order, and nothing else."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(one_rank, (2, port, str(tmp_path), RANKED), nprocs=2)
+    mp.spawn(one_rank, (2, port, str(tmp_path), RANKED | {"dense": DENSE}), nprocs=2)
+    ranked, alone, magnitude = net(), net(), net()  # the directions are drawn: others on two ranks, and no worse
+    first, second = (torch.load(tmp_path / f"dense-{r}.pt") for r in range(2))
+    assert all(torch.equal(first[k], second[k]) for k in first), "dense: the ranks hold different models"
+    ranked.load_state_dict(first)
+    hf_prune.prune(alone, data(), DENSE)
+    hf_prune.prune(magnitude, data(), DENSE | {"mask": "magnitude", "stages": 1})
+    assert far(ranked) < 1.2 * far(alone) < 0.7 * far(magnitude), (far(ranked), far(alone), far(magnitude))
     for name, keys in RANKED.items():
         first, second = (torch.load(tmp_path / f"{name}-{r}.pt") for r in range(2))
         assert all(torch.equal(first[k], second[k]) for k in first), f"{name}: the ranks hold different models"
@@ -569,10 +627,11 @@ def test_the_draft_is_zero_off_the_mask():
     "keys",
     [
         {"recipe": "chita-plus-plus", "fisher": {"average": 0.7, "dwell": 0.5}, "batchnorm": "renew"},
+        {"recipe": "chita", "fisher": {"labels": "dense", "average": 0.5, "dwell": 0.5}, "batchnorm": "renew"},
         {"recipe": {"mask": "obs", "solve": "least_squares"}, "batchnorm": "auto"},
         {"recipe": "chita", "permute": "none"},
     ],
-    ids=["averaged", "layer-wise", "ridges"],
+    ids=["averaged", "dense", "layer-wise", "ridges"],
 )
 def test_a_run_in_stages_that_stops_goes_on_to_the_same_bits(keys, tmp_path):
     recipe, keys = keys.pop("recipe"), {"stages": 4, "sparsity": 0.7, **keys}

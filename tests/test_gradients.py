@@ -113,6 +113,39 @@ def test_gradients_without_labels_have_the_second_moment_of_the_gauss_newton_mat
     torch.testing.assert_close(draws.mT @ draws / len(draws), expected, rtol=0.05, atol=0.01)
 
 
+@pytest.mark.parametrize("minibatch", [1, 3])
+@pytest.mark.parametrize("logits", [True, False])
+def test_rows_of_dense_labels_against_one_backward_each(minibatch, logits):
+    """a_i is the gradient of the outputs along a random direction, e_i their distance to the dense ones along it."""
+    model = convolutions().eval().double()
+    model = model if logits else nn.Sequential(*list(model)[:-2])
+    x = torch.randn(12, 3, 8, 8, dtype=torch.float64)
+    found = sites.find(model, x[:2]).sites
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        dense = model(x) + torch.randn(model(x).shape, dtype=torch.float64)
+    directions = torch.randn(dense.shape, generator=torch.Generator().manual_seed(3)).double() / dense[0].numel() ** 0.5
+    rows, asks = [], []
+    for i in range(12):
+        model.zero_grad()
+        distance = (directions[i] * (model(x[i : i + 1])[0] - dense[i])).sum()
+        distance.backward()
+        rows.append(torch.cat([s.read(named[s.parameter].grad).flatten() for s in found]))
+        asks.append(distance.detach())
+    options, losses = Rows(minibatch=minibatch, labels="dense"), torch.zeros(12 // minibatch, dtype=torch.float64)
+    labels = [dense[:8], dense[8:]]
+    a, kind = gradients.per_row(model, found, [x[:8], x[8:]], labels, options, seed=3, losses=losses)
+    assert kind == "dense"
+    torch.testing.assert_close(a.double(), torch.stack(rows).view(len(a), minibatch, -1).mean(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses, torch.stack(asks).view(len(a), minibatch).mean(1), rtol=1e-4, atol=1e-6)
+
+
+def test_the_distance_to_the_dense_outputs_is_the_same_in_every_direction():
+    z = torch.randn(1, 4).double()
+    draws = gradients.cotangent(z.expand(60000, 4), "dense", z, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(draws.mT @ draws / len(draws), torch.eye(4).double() / 4, rtol=0.05, atol=0.01)
+
+
 def test_labels_default_to_what_the_data_allows():
     model, x = convolutions().eval(), torch.randn(4, 3, 8, 8)
     found = sites.find(model, x[:2]).sites
