@@ -25,8 +25,8 @@ def select(problem: Problem, *, ridge: float = 0.1, rounds: int = 4, share: floa
     exchanges are tried together and a row, or the layer where it has one budget, keeps its mask unless it improves).
 
     ridge: share of the mean diagonal of the Gram matrix.  rounds: each takes a step of `masked_solve`.  share: of the
-    promising exchanges, how many a round makes; halved where it failed.  steps: of conjugate gradients in between, always
-    as many, so that no row's mask depends on the rows beside it.
+    promising exchanges, how many a round makes; halved where it failed.  steps: of conjugate gradients in between,
+    always as many, so that no row's mask depends on the rows beside it.
     """
     h, b = problem.objective.normal(ridge)
     inverse = torch.cholesky_inverse(cholesky(h))
