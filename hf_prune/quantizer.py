@@ -76,8 +76,9 @@ class PackedQuantizer(HfQuantizer):
             if hasattr(config, "transformers_weights"):
                 del config.transformers_weights
         # what is left is how save_pretrained goes back to the names on disk; it must not try to pack
-        used = model._weight_conversions or []
-        model._weight_conversions = [c for c in used if not any(isinstance(o, Unpack) for o in _operations(c))]
+        used = getattr(model, "_weight_conversions", None)  # absent where transformers kept none
+        if used is not None:
+            model._weight_conversions = [c for c in used if not any(isinstance(o, Unpack) for o in _operations(c))]
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
