@@ -607,7 +607,7 @@ class Block:
 def rows_apart(role: dict[str, Any], pattern: Pattern, objective: Any) -> bool:
     """Whether the rows of a layer are problems of their own, so that the ranks may divide them."""
     alone = isinstance(objective, Gram) and objective.metric is None and objective.weight.shape[0] == 1
-    return alone and bool(pattern.m or pattern.scope == "row") and role["method"] in methods.ROWS_APART
+    return alone and pattern.by_row and role["method"] in methods.ROWS_APART
 
 
 def divided(kind: str, role: dict[str, Any], problem: methods.Problem, *draft: methods.Draft) -> Any:

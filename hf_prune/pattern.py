@@ -66,6 +66,11 @@ class Pattern:
         """The share of weights that stays."""
         return self.n / self.m if self.m else 1.0 - self.sparsity
 
+    @property
+    def by_row(self) -> bool:
+        """Whether each row of a weight follows the pattern by itself, so that rows are problems of their own."""
+        return bool(self.m) or self.scope == "row"
+
     def misfit(self, channels: int) -> str | None:
         """Why this pattern cannot apply to a weight with `channels` consecutive input channels; None if it can."""
         if self.m and channels % self.m:

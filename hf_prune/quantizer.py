@@ -76,7 +76,7 @@ class PackedQuantizer(HfQuantizer):
             if hasattr(config, "transformers_weights"):
                 del config.transformers_weights
         # what is left is how save_pretrained goes back to the names on disk; it must not try to pack
-        used = getattr(model, "_weight_conversions", None)  # absent where transformers kept none
+        used = getattr(model, "_weight_conversions", None)  # transformers 5.24 drops them of dense models
         if used is not None:
             model._weight_conversions = [c for c in used if not any(isinstance(o, Unpack) for o in _operations(c))]
         return model

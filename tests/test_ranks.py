@@ -25,6 +25,7 @@ DEFAULT = Recipe(nm="2:4")
 # the output metric couples rows: masks are divided, solves are not
 METRIC = Recipe(nm="2:4", target={"metric": 0.5, "caution": 0.5})
 SPARSEGPT = Recipe(nm="2:4", mask={"method": "sparsegpt"}, solve=None)
+EXCHANGE = Recipe(nm="2:4", mask={"method": "exchange"}, target={"metric": 0.5, "caution": 0.5})
 HALF = Recipe(sparsity=0.5)  # one threshold for a layer: its rows are not divided
 
 
@@ -79,7 +80,9 @@ def warm():
 
 @pytest.mark.parametrize("size, count", [(2, 5), (3, 5), (4, 3)], ids=["uneven", "three", "fewer images than ranks"])
 @pytest.mark.parametrize(
-    "recipe", [DEFAULT, METRIC, SPARSEGPT, HALF], ids=["default", "metric", "sparsegpt", "unstructured"]
+    "recipe",
+    [DEFAULT, METRIC, SPARSEGPT, EXCHANGE, HALF],
+    ids=["default", "metric", "sparsegpt", "exchange", "unstructured"],
 )
 def test_any_number_of_ranks_gives_the_same_model(recipe, size, count):
     def work(rank, size):

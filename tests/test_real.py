@@ -28,7 +28,7 @@ def vit(folder: Path) -> torch.nn.Module:
     return AutoModelForImageClassification.from_pretrained(folder / "vit-tiny-patch16-224-hf").eval()
 
 
-@pytest.mark.parametrize("recipe", ["magnitude", "sparsegpt", "snows", "snows, its own mask"])
+@pytest.mark.parametrize("recipe", ["magnitude", "sparsegpt", "snows, obs", "snows, exchange"])
 def test_transformers_and_timm_get_the_same_masks(shared_data: Path, recipe: str) -> None:
     timm = pytest.importorskip("timm")
     from safetensors.torch import load_file
@@ -40,10 +40,11 @@ def test_transformers_and_timm_get_the_same_masks(shared_data: Path, recipe: str
     batches = list(pixels.split(8))
     # the channels of a fused layer are reordered as one, those of separate layers one by one: other places, same model
     rest = {"nm": "2:4", "permute": "none"}
-    name, _, own = recipe.partition(", ")
+    name, _, mask = recipe.partition(", ")
+    search = mask == "exchange"
     if name == "snows":  # solved further than by default, so that what differs is rounding
         rest["solve"] = {"tolerance": 1e-5}
-        rest["mask"] = {"method": "exchange", "steps": 40} if own else {"method": "obs", "ridge": 0.04}
+        rest["mask"] = {"method": "exchange", "steps": 40} if search else {"method": "obs", "ridge": 0.04}
     first = hf_prune.prune(ours, [{"pixel_values": b} for b in batches], name, only=["vit.layers.0"], **rest)
     second = hf_prune.prune(theirs, batches, name, only=["blocks.0"], **rest)
     a, b = parameters(ours), parameters(theirs)
@@ -51,7 +52,7 @@ def test_transformers_and_timm_get_the_same_masks(shared_data: Path, recipe: str
     pairs = [(fused, b["blocks.0.attn.qkv.weight"])]
     for x, y in (("attention.o_proj", "attn.proj"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
         pairs.append((a[f"vit.layers.0.{x}.weight"], b[f"blocks.0.{y}.weight"]))
-    if own:  # a search: a tie that rounding moves changes what is exchanged after it, but not how good the mask is
+    if search:  # a tie that rounding moves changes what is exchanged after it, but not how good the mask is
         found = [[r["error_after"] for r in run.layers if r["pattern"]][-3:] for run in (first, second)]
         assert found[0] == pytest.approx(found[1], rel=0.02)
         pairs = pairs[:1]  # layers behind them read inputs that differ

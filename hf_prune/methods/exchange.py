@@ -24,7 +24,7 @@ def select(problem: Problem, *, ridge: float = 0.1, rounds: int = 4, share: floa
     with the inverse of the whole H in place of each row's own: too low a cost, too high a gain, so that only the best
     exchanges are tried together and a row, or the layer where it has one budget, keeps its mask unless it improves).
 
-    ridge: share of the mean diagonal of the Gram matrix.  rounds: each takes a step of `masked_solve`.  share: of the
+    ridge: share of the mean diagonal of the Gram matrix.  rounds: of exchanges, with one refit each.  share: of the
     promising exchanges, how many a round makes; halved where it failed.  steps: of conjugate gradients in between,
     always as many, so that no row's mask depends on the rows beside it.
     """
@@ -33,7 +33,6 @@ def select(problem: Problem, *, ridge: float = 0.1, rounds: int = 4, share: floa
     free = b @ inverse  # the optimum with nothing removed
     scale = inverse.diagonal(dim1=-2, dim2=-1)[..., None, :]
     pattern = problem.pattern
-    apart = bool(pattern.m) or pattern.scope == "row"  # rows are problems of their own
 
     def solved(mask: Tensor, start: Tensor) -> Tensor:
         return masked_solve(h, b, mask, start, 0.0, steps)
@@ -41,7 +40,7 @@ def select(problem: Problem, *, ridge: float = 0.1, rounds: int = 4, share: floa
     def excess(w: Tensor) -> Tensor:
         step = w - free
         rows = (step @ h * step).sum(-1, keepdim=True)
-        return rows if apart else rows.sum().view(1, 1, 1)
+        return rows if pattern.by_row else rows.sum().view(1, 1, 1)
 
     mask = sparsegpt.select(problem, damp=ridge).mask
     weight = solved(mask, free)

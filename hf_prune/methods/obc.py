@@ -35,7 +35,7 @@ def select(problem: Problem, *, ridge: float = 0.01, rows: int = 64) -> Draft:
             part = slice(left, min(left + rows, out))
             order[g, part], loss[g, part] = sweep(best[g, part], inverse[g], steps, pattern.m, pattern.n)
     mask = torch.ones_like(w, dtype=torch.bool)
-    if pattern.m or pattern.scope == "row":
+    if pattern.by_row:
         mask.scatter_(-1, order, False)
     else:
         # a row's k-th removal comes after its first k - 1: the running maximum keeps that order in the ranking, and
