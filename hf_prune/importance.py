@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ranks
-from .linalg import symmetric
+from .linalg import matmul_precision, symmetric
 from .sites import Site, _tensors, cut, feed, marks, placed, quiet
 from .streams import Store, load
 from .walk import _hooks
@@ -51,7 +51,7 @@ def importance(
 ) -> tuple[list[dict[Key, Tensor]], dict[Key, Metric]]:  # fmt: skip
     """(weights, metrics): what each sample and each direction of a layer's output weighs.
 
-    weights: one per sample of each layer's input, for every batch; the mean over all samples is 1.  metrics: the second
+    weights: one per sample of each layer's input, for every batch; the mean over an image's samples is 1.  metrics: the second
     moment of the same gradients, which says in what directions an error at the output moves the model; the mean of its
     diagonal is 1.  Layers that read the same input share one, over all their outputs, so that separate query, key and
     value projections weigh as one fused layer does.
@@ -82,17 +82,9 @@ def importance(
                     add(moments, key, *strong.pop(key), store)
                 waiting = 0
         found.append({key: torch.cat(values) for key, values in pieces.items()})
-    # a rank without images takes part in the sums all the same
-    for key in dict.fromkeys(k for keys in ranks.gather(list(found[0]) if found else []) for k in keys):
-        total = torch.zeros(2, dtype=torch.float64)
-        for weights in found:
-            total += torch.tensor(
-                [float(weights[key].double().sum()), float(weights[key].numel())], dtype=torch.float64
-            )
-        ranks.sum_([total])
-        mean = float(total[0] / total[1])
-        for weights in found:
-            weights[key] = (1 - share) + share * weights[key] / mean if mean > 0 else torch.ones_like(weights[key])
+    for weights in found:
+        for value in weights.values():
+            value.mul_(share).add_(1 - share)
     if ranks.world_size() > 1:  # the same ones in the same order, on a rank without images too
         own = [(k, (m.rows, m.dtype)) for k, m in moments.items()]
         known = {key: told for told_ in ranks.gather(own) for key, told in told_}
@@ -155,7 +147,8 @@ def _influence(
 
     eligible = [k for k, s in enumerate(sites) if s.rows is None and s.uses == 1]
     hooks = [modules[sites[k].module].register_forward_hook(keep(k)) for k in eligible]
-    with quiet(model), torch.enable_grad():
+    # the estimate is off by half of itself or so: what TF32 and bfloat16 round is nothing beside it
+    with quiet(model), torch.enable_grad(), matmul_precision("medium"):
         with _hooks(*hooks):
             result = feed(model, placed(part, _device(model)))
         ends = [t for t in _tensors(result) if t.is_floating_point() and t.requires_grad]
@@ -184,7 +177,18 @@ def _influence(
     grouped: dict[Key, list[Tensor]] = {}
     for k, value in influence.items():
         grouped.setdefault((sites[k].source, sites[k].conv), []).append(value / probes)
-    return {key: torch.stack(values).mean(0) for key, values in grouped.items()}
+    images = len(_tensors(part)[0])
+    return {key: within_images(torch.stack(values).mean(0), images) for key, values in grouped.items()}
+
+
+def within_images(influence: Tensor, images: int) -> Tensor:
+    """Influence (samples,), one image's samples behind the other's, over its mean in each image.
+
+    All images weigh alike: one to which the model reacts strongly would else stand for several, of few there are.
+    """
+    each = influence.view(images if len(influence) % images == 0 else 1, -1)
+    mean = each.mean(1, keepdim=True)
+    return torch.where(mean > 0, each / mean, torch.ones_like(each)).flatten()
 
 
 def _places(parts: dict[str, tuple[Tensor, Tensor]]) -> dict[str, slice]:

@@ -11,15 +11,20 @@ import torch
 from torch import Tensor
 
 
-class exact_matmul:
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Inside, products of float32 matrices are made with this `torch.set_float32_matmul_precision`."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def exact_matmul() -> contextlib.AbstractContextManager[None]:
     """TF32 and reduced-precision sums off while statistics are gathered and systems solved."""
-
-    def __enter__(self) -> None:
-        self.before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-
-    def __exit__(self, *failure: Any) -> None:
-        torch.set_float32_matmul_precision(self.before)
+    return matmul_precision("highest")
 
 
 _SEEN: ContextVar[list[Tensor] | None] = ContextVar("residuals", default=None)
@@ -97,6 +102,7 @@ def masked_solve(
     tolerance: float = 1e-5,
     steps: int = 500,
     metric: Tensor | None = None,  # (..., rows, rows) positive definite
+    inverse: Tensor | None = None,  # of h, where it is known
 ) -> Tensor:
     """w, zero off `mask`, that minimises tr(M w h wᵀ) - 2 tr(M w bᵀ): conjugate gradients on all rows at once.
 
@@ -106,7 +112,8 @@ def masked_solve(
     times the right-hand side, in every row.
     """
     m = mask.to(b.dtype)
-    inverse = torch.cholesky_inverse(cholesky(h))
+    if inverse is None:
+        inverse = torch.cholesky_inverse(cholesky(h))
     apply, precondition = (lambda v: v @ h), (lambda v: v @ inverse)
     over: tuple[int, ...] = (-1,)
     if metric is not None:

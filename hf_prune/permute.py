@@ -36,7 +36,7 @@ class Options:
     """
 
     rounds: int = 30
-    images: int = 256
+    images: int = 64
     readers: int = 4
     power: float = 1.0
     ridge: float = 0.1

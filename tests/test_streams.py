@@ -172,7 +172,10 @@ def test_out_of_memory_halves_the_images_and_goes_on(place, monkeypatch):
     for name, w in whole.state_dict().items():
         other = tight.state_dict()[name]
         assert torch.equal(w != 0, other != 0), name
-        assert torch.allclose(w, other, rtol=0.2 if place == "window" else 1e-3, atol=1e-4), name
+        if place == "window":  # products by differences of gradients, of other batches: near, and no more
+            assert float((w - other).norm()) <= 0.03 * float(w.norm()), name
+        else:
+            assert torch.allclose(w, other, rtol=1e-3, atol=1e-4), name
 
 
 def test_out_of_memory_on_a_single_image_is_one_sentence(monkeypatch):

@@ -17,7 +17,7 @@ from . import Draft, Problem, sparsegpt
 EVIDENCE = "gram"
 
 
-def select(problem: Problem, *, ridge: float = 0.1, rounds: int = 4, share: float = 0.25, steps: int = 10) -> Draft:
+def select(problem: Problem, *, ridge: float = 0.1, rounds: int = 4, share: float = 0.25, steps: int = 5) -> Draft:
     """A mask under which the refit objective is never higher than under SparseGPT's, up to how far solves go.
 
     A kept weight w_j costs w_j² / [H⁻¹]_jj to remove, a removed one whose half gradient is g_j gains g_j² [H⁻¹]_jj (OBS
@@ -35,14 +35,14 @@ def select(problem: Problem, *, ridge: float = 0.1, rounds: int = 4, share: floa
     pattern = problem.pattern
 
     def solved(mask: Tensor, start: Tensor) -> Tensor:
-        return masked_solve(h, b, mask, start, 0.0, steps)
+        return masked_solve(h, b, mask, start, 0.0, steps, inverse=inverse)
 
     def excess(w: Tensor) -> Tensor:
         step = w - free
         rows = (step @ h * step).sum(-1, keepdim=True)
         return rows if pattern.by_row else rows.sum().view(1, 1, 1)
 
-    mask = sparsegpt.select(problem, damp=ridge).mask
+    mask = sparsegpt.sweep(free, inverse, pattern).mask
     weight = solved(mask, free)
     now = excess(weight)
     shares = torch.full_like(now, share)

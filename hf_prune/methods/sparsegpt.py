@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..linalg import cholesky
+from ..pattern import Pattern
 from . import Draft, Problem
 
 EVIDENCE = "gram"
@@ -17,12 +19,16 @@ def select(problem: Problem, *, damp: float = 0.01, block: int = 128) -> Draft:
     chooses group by group).  Differs from the authors' code in that inputs never seen (H_jj = 0) need no special case,
     and in that a factorisation that fails is an error here, never replaced.
     """
-    w = problem.weight.clone()
-    pattern, n = problem.pattern, w.shape[-1]
     h, b = problem.objective.normal(damp)
-    if problem.objective.mix:
-        w = b @ torch.cholesky_inverse(cholesky(h))  # start from the minimiser of the target chosen by the recipe
-    upper = cholesky(torch.cholesky_inverse(cholesky(h))).mT  # U with H⁻¹ = Uᵀ U
+    inverse = torch.cholesky_inverse(cholesky(h))
+    # start from the minimiser of the target chosen by the recipe
+    return sweep(b @ inverse if problem.objective.mix else problem.weight, inverse, problem.pattern, block)
+
+
+def sweep(start: Tensor, inverse: Tensor, pattern: Pattern, block: int = 128) -> Draft:
+    """The algorithm itself.  start: (groups, out, in); inverse: H⁻¹, (groups, in, in)."""
+    w, n = start.clone(), start.shape[-1]
+    upper = cholesky(inverse).mT  # U with H⁻¹ = Uᵀ U
     mask = torch.ones_like(w, dtype=torch.bool)
     if pattern.m:
         block = max(pattern.m, block // pattern.m * pattern.m)
