@@ -23,6 +23,8 @@ from .walk import _hooks
 
 TOGETHER = 8  # images whose gradients are counted in one product
 STRONG = 4  # the second moment takes one in so many samples of an image: those that weigh most carry nearly all of it
+# of products in the estimate, which is off by half of itself or so: what TF32 and bfloat16 round is nothing beside it
+PRECISION = "medium"
 Key = tuple[int, Any]  # (source, conv): sites that share their input share its weights
 Strong = tuple[dict[str, slice], list[Any]]  # site name -> its columns; gradients (samples, out) as a store keeps them
 
@@ -51,10 +53,10 @@ def importance(
 ) -> tuple[list[dict[Key, Tensor]], dict[Key, Metric]]:  # fmt: skip
     """(weights, metrics): what each sample and each direction of a layer's output weighs.
 
-    weights: one per sample of each layer's input, for every batch; the mean over an image's samples is 1.  metrics: the second
-    moment of the same gradients, which says in what directions an error at the output moves the model; the mean of its
-    diagonal is 1.  Layers that read the same input share one, over all their outputs, so that separate query, key and
-    value projections weigh as one fused layer does.
+    weights: one per sample of each layer's input, for every batch; their mean over an image's samples is 1.  metrics:
+    the second moment of the same gradients, which says in what directions an error at the output moves the model; the
+    mean of its diagonal is 1.  Layers that read the same input share one, over all their outputs, so that separate query,
+    key and value projections weigh as one fused layer does.
     share, metric: 0 weighs all alike, 1 by influence alone.  probes: random vectors per image.  micro: images that are
     differentiated together, which bounds the memory.  Layers whose output no module returns, or whose output does not
     have the images as its first dimension, get neither.  store: where the metrics of all layers wait.
@@ -147,8 +149,7 @@ def _influence(
 
     eligible = [k for k, s in enumerate(sites) if s.rows is None and s.uses == 1]
     hooks = [modules[sites[k].module].register_forward_hook(keep(k)) for k in eligible]
-    # the estimate is off by half of itself or so: what TF32 and bfloat16 round is nothing beside it
-    with quiet(model), torch.enable_grad(), matmul_precision("medium"):
+    with quiet(model), torch.enable_grad(), matmul_precision(PRECISION):
         with _hooks(*hooks):
             result = feed(model, placed(part, _device(model)))
         ends = [t for t in _tensors(result) if t.is_floating_point() and t.requires_grad]

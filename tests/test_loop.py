@@ -432,6 +432,48 @@ def test_images_behind_the_first_dimension_are_not_weighed_in_a_wrong_order():
         torch.testing.assert_close(w, parts[0][key])
 
 
+@pytest.mark.parametrize("share", [1.0, 0.9])
+def test_a_position_weighs_what_the_jacobian_says_beside_the_others_of_its_image(monkeypatch, share):
+    torch.manual_seed(0)
+    model = Mixed(False).double()
+    x = torch.randn(6, 5, 6, dtype=torch.float64)
+    outputs = model(x).shape[1]
+
+    def unit(t, part, seed):  # every output in its turn, so that the estimate becomes exact
+        made = torch.zeros_like(t)
+        made[:, seed // 7919] = 1
+        return made
+
+    monkeypatch.setattr(weighing, "_directions", unit)
+    (weights,), _ = importance(model, sites.find(model, x[:2]).sites, [x], share, probes=outputs)
+    layer = model.blocks[0].out
+    key = next((s.source, s.conv) for s in sites.find(model, x[:2]).sites if s.name == "blocks.0.out.weight")
+    brute = torch.zeros(6, 5, dtype=torch.float64)
+    for image in range(6):
+
+        def after(y, image=image):
+            handle = layer.register_forward_hook(lambda *_: y)
+            try:
+                return model(x[image : image + 1])[0]
+            finally:
+                handle.remove()
+
+        seen = []
+        handle = layer.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out.detach()))
+        model(x[image : image + 1])
+        handle.remove()
+        jacobian = torch.autograd.functional.jacobian(after, seen[0])  # (outputs, 1, tokens, channels)
+        brute[image] = jacobian.square().sum((0, 1, 3))
+    expected = (1 - share) + share * brute / brute.mean(1, keepdim=True)
+    torch.testing.assert_close(weights[key].view(6, 5), expected)
+
+
+def test_an_image_without_influence_weighs_its_positions_alike():
+    given = torch.tensor([1.0, 3.0, 0.0, 0.0])
+    assert weighing.within_images(given, 2).tolist() == [0.5, 1.5, 1.0, 1.0]
+    assert weighing.within_images(given, 3).tolist() == [1.0, 3.0, 0.0, 0.0], "positions that belong to no image"
+
+
 # ------------------------------------------------------------------------------------------ caution with few samples
 
 
