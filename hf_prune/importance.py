@@ -55,8 +55,8 @@ def importance(
 
     weights: one per sample of each layer's input, for every batch; their mean over an image's samples is 1.  metrics:
     the second moment of the same gradients, which says in what directions an error at the output moves the model; the
-    mean of its diagonal is 1.  Layers that read the same input share one, over all their outputs, so that separate query,
-    key and value projections weigh as one fused layer does.
+    mean of its diagonal is 1.  Layers that read the same input share one, over all their outputs, so that separate
+    query, key and value projections weigh as one fused layer does.
     share, metric: 0 weighs all alike, 1 by influence alone.  probes: random vectors per image.  micro: images that are
     differentiated together, which bounds the memory.  Layers whose output no module returns, or whose output does not
     have the images as its first dimension, get neither.  store: where the metrics of all layers wait.
