@@ -2,8 +2,8 @@
 
 Least squares over tokens or pixels treats all alike, but a classifier may read one token of two hundred.  With
 z = f(y) the model's output and y one position of a layer's output, a change dy moves z by J dy, so that position weighs
-||J||²_F in the reconstruction, beside the others of its image (`within_images`).  It is estimated without labels: for a random v with unit covariance, the gradient of
-v·z with respect to y has expected squared norm ||J||²_F (Hutchinson's estimator).
+||J||²_F in the reconstruction, beside the others of its image.  It is estimated without labels: for a random v with
+unit covariance, the gradient of v·z with respect to y has expected squared norm ||J||²_F (Hutchinson's estimator).
 """
 
 from __future__ import annotations
