@@ -34,7 +34,9 @@ edit.  Same weights, same validation images and, draw by draw, the same calibrat
 standard deviation over the draws.  One draw's images alone leave about ± 4.7 points (95 %) on 400 images; the logit
 error (squared distance of the logits to the dense model's, over their squared norm) is the sharper measure.  CPU
 seconds of pruning, one thread, on a machine that other work shared: compare them within a factor of 1.5.  `--set`
-names what differs from the recipe.  A few options of `snows` were chosen with the ViT's images in view."""
+names what differs from the recipe.  A few options of `snows` were chosen with the ViT's images in view.  Rows with
+`mask.method=obs` are of the default before `exchange`, when images still weighed by their influence as positions do
+(docs/methods.md), on another core, half as fast again."""
 
 PEER = "llm-compressor"  # a row of its own where that package is installed
 

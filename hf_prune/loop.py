@@ -487,7 +487,18 @@ class Block:
         metric = self.metrics.get((last.source, last.conv)) if options["k"] is None and options["relative"] else None
         joint = metric.of([last.name]) if metric else None
         how = (options["k"], mix, options["relative"], options["curvature"], joint)
-        return Window(self.way, self.index, sites_, self.pairs, self.dense, *how)
+        shift = self.shift() if options["k"] is None else None
+        return Window(self.way, self.index, sites_, self.pairs, self.dense, *how, shift)
+
+    def shift(self) -> Tensor | None:
+        """What a refit batch norm behind the unit adds to its output, to be broadcast over it; None where none is."""
+        inside = {b.data_ptr() for b in self.unit.module.buffers()}
+        for site in self.unit.sites:
+            if site.norm is not None and site.bias is None and site.conv is not None:
+                mean = self.way.model.get_buffer(site.norm)
+                if mean.data_ptr() not in inside:
+                    return (self.dense[site.norm].to(mean) - mean).view(-1, *[1] * len(site.conv.kernel))
+        return None
 
     def refine(self, masks: dict[str, Tensor], entries: list[dict]) -> None:
         """All weights of the unit together, towards the unit's output."""

@@ -118,6 +118,7 @@ class Window:
     mix: 0 targets the dense weights on the pruned network's inputs, 1 the dense network.
     relative: divide each term by the energy of its target instead of by its number of entries (mean-squared error).
     metric: (out, out), what an error in each direction of the unit's output weighs; None weighs all alike.
+    shift: (out, 1, ...), what is added to the unit's output behind it: by a batch norm whose running mean was refit.
     """
 
     walk: Walk
@@ -130,6 +131,7 @@ class Window:
     relative: bool = True
     curvature: str = "gauss-newton"
     metric: Tensor | None = None
+    shift: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.curvature not in CURVATURES:
@@ -148,7 +150,7 @@ class Window:
                 if self.mix and pair.drifted:
                     there = self._terms(pair.dense)
                     here = [a + self.mix * (b - a) for a, b in zip(here, there, strict=True)]
-            self.targets.append([t.detach() for t in here])
+            self.targets.append([t.detach() if self.shift is None else t.detach() - self.shift for t in here])
         self.weights = [self._weights(pair) for pair in self.pairs]
         self.root = None if self.metric is None else cholesky(self.metric, "the output metric")
         # a rank without images takes part in the sums, which are wide so that their order leaves no trace

@@ -474,6 +474,42 @@ def test_an_image_without_influence_weighs_its_positions_alike():
     assert weighing.within_images(given, 3).tolist() == [1.0, 3.0, 0.0, 0.0], "positions that belong to no image"
 
 
+class Bare(nn.Module):
+    """Convolutions and norms side by side, in no block: a unit is a convolution alone, its norm lies behind it."""
+
+    def __init__(self):
+        super().__init__()
+        for k in range(4):
+            conv = nn.Conv2d(16, 16, 1, bias=False) if k else nn.Conv2d(3, 16, 3, padding=1, bias=False)
+            self.add_module(f"conv{k}", conv)
+            self.add_module(f"norm{k}", nn.BatchNorm2d(16))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        for k in range(4):
+            x = torch.relu(self.get_submodule(f"norm{k}")(self.get_submodule(f"conv{k}")(x)))
+        return self.head(x.mean((2, 3)))
+
+
+def test_refinement_knows_what_a_norm_behind_the_unit_adds():
+    torch.manual_seed(0)
+    dense, x = Bare(), torch.randn(64, 3, 6, 6)
+    dense.train()(x + 1)
+    dense.eval()
+    errors = {}
+    for name, refine in (("layers", None), ("refined", {"method": "snows", "cg": 8})):
+        model = copy.deepcopy(dense)
+        report = prune(model, list(x.split(8)), Recipe(nm="1:4", refine=refine, target={"mix": 0.8}))
+        with torch.no_grad():
+            errors[name] = float((model(x) - dense(x)).square().sum())
+        assert all(not torch.equal(model.get_buffer(f"norm{k}.running_mean"), dense.get_buffer(f"norm{k}.running_mean"))
+                   for k in (1, 2, 3))  # fmt: skip
+    refined = [r["refined"] for r in report.layers if r.get("refined")]
+    assert len(refined) == 3
+    assert all(r["loss_before"] < 0.4 for r in refined), "an offset that the norm takes back is no error"
+    assert errors["refined"] < 1.05 * errors["layers"]
+
+
 # ------------------------------------------------------------------------------------------ caution with few samples
 
 
