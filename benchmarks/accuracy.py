@@ -207,7 +207,7 @@ def frontier(groups: list[dict], path: Path) -> None:
             spread_ = statistics.stdev(tops) if len(tops) > 1 else 0.0
             axes.errorbar(max(x, 0.5), y, yerr=spread_, fmt="o", color=colour, capsize=3, label=label)
             axes.annotate(row["recipe"], (max(x, 0.5), y), textcoords="offset points", ha="center", fontsize=8,
-                          xytext=(0, -14) if row["recipe"] == PEER else side)  # fmt: skip
+                          xytext=(-22, -14) if row["recipe"] == PEER else side)  # fmt: skip
             label = None
     axes.axhline(100 * wanted[0]["dense"], color="grey", linestyle=":", label="dense")
     axes.set(xscale="log", xlabel="CPU seconds of pruning, one thread", ylabel="top-1 accuracy, %", ylim=(0, 90))
