@@ -150,7 +150,7 @@ class Window:
                 if self.mix and pair.drifted:
                     there = self._terms(pair.dense)
                     here = [a + self.mix * (b - a) for a, b in zip(here, there, strict=True)]
-            self.targets.append([t.detach() if self.shift is None else t.detach() - self.shift for t in here])
+            self.targets.append([self._lowered(t.detach()) for t in here])
         self.weights = [self._weights(pair) for pair in self.pairs]
         self.root = None if self.metric is None else cholesky(self.metric, "the output metric")
         # a rank without images takes part in the sums, which are wide so that their order leaves no trace
@@ -162,6 +162,12 @@ class Window:
         ranks.sum_([energy, entries])
         batches = ranks.agree(float(len(self.pairs)))
         self.scale = ((energy if self.relative else entries) / batches).clamp_min(1e-30).tolist()
+
+    def _lowered(self, target: Tensor) -> Tensor:
+        """The target of what is left to the weights, where a norm behind the unit adds to this output."""
+        if self.shift is None or target.shape[1:2] != self.shift.shape[:1]:
+            return target
+        return target - self.shift
 
     def _reach(self, entry: Any) -> None:
         """How far K + 1 operations go: the unit that holds the last of them, and the call in it to stop after."""
