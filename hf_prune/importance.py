@@ -134,6 +134,7 @@ def _influence(
     strong: dict[Key, Strong] | None, store: Store,
 ) -> dict[Key, Tensor]:  # fmt: skip
     outputs: dict[int, Tensor] = {}
+    images = len(_tensors(part)[0])
 
     def keep(k: int) -> Any:
         def hook(module: nn.Module, args: Any, out: Any) -> Any:
@@ -174,11 +175,10 @@ def _influence(
             if strong is not None:
                 for key, parts in together.items():
                     places, kept = strong.setdefault(key, (_places(parts), []))
-                    kept.append(store.keep(strongest(parts, len(_tensors(part)[0]))))
+                    kept.append(store.keep(strongest(parts, images)))
     grouped: dict[Key, list[Tensor]] = {}
     for k, value in influence.items():
-        grouped.setdefault((sites[k].source, sites[k].conv), []).append(value / probes)
-    images = len(_tensors(part)[0])
+        grouped.setdefault((sites[k].source, sites[k].conv), []).append(value)
     return {key: within_images(torch.stack(values).mean(0), images) for key, values in grouped.items()}
 
 
