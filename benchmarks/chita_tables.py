@@ -128,6 +128,10 @@ def mobilenet() -> dict[str, Any]:
     chita = {"method": "chita", "ridge": 1e-2, "block": 500}
     match = {"batchnorm": "match", "samples": 160}
     lamp = {"allocation": "lamp"}
+    distil = {"mask": {"method": "chita", "ridge": 50.0}, "solve": "none", **match, "samples": 96, **lamp,
+              "images": "both", "augment": frame,
+              "fisher": {"rows": 96, "labels": "dense", "first_stage": 0.4, "halvings": 5, "dwell": 0.7,
+                         "average": 0.2}}  # fmt: skip
     return {
         "magnitude": {"mask": "magnitude", "solve": "none", "samples": 16},
         "magnitude, renewed BN": {"mask": "magnitude", "solve": "none", "samples": 160, "batchnorm": "renew"},
@@ -140,6 +144,7 @@ def mobilenet() -> dict[str, Any]:
                                 "fisher": {**one, "first_stage": 0.4}},
         "CHITA mask + least squares, LAMP, BN": {"mask": chita, "solve": "least_squares", "fisher": one, **match,
                                                  **lamp},
+        **{f"CHITA++ {stages}, dense labels, LAMP, BN": {**distil, "stages": stages} for stages in (20, 40, 80)},
     }  # fmt: skip
 
 
@@ -207,11 +212,12 @@ def network(name: str) -> Network:
 
     folder = DATA / ("mobilenet_v1_1.0_224-hf" if name == "mobilenet" else "vit-tiny-patch16-224-hf")
     loaded = models.load(str(folder))
-    train = photographs(loaded, "imagenet_sample1000_256.parquet", 512)
+    train = photographs(loaded, "imagenet_sample1000_256.parquet", 1000)
     test = photographs(loaded, "imagenet_val_800.parquet", 400)
     methods = mobilenet() if name == "mobilenet" else vit_tiny()
-    return Network(lambda: models.load(str(folder)).module, train, test, methods, "400 validation images",
-                   whole=name == "mobilenet")  # fmt: skip
+    (some, rest), (known, others) = (t.split([512, 488]) for t in train)
+    return Network(lambda: models.load(str(folder)).module, (some, known), test, methods, "400 validation images",
+                   whole=name == "mobilenet", other=(rest, others))  # fmt: skip
 
 
 def images(file: str, mean: float | Tensor, std: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -259,6 +265,20 @@ def crop(x: Tensor, g: torch.Generator) -> Tensor:
     padded, size = F.pad(x, (4, 4, 4, 4), value=-1.0), x.shape[-1]
     at = torch.randint(0, 9, (len(x), 2), generator=g).tolist()
     return torch.stack([p[:, i : i + size, j : j + size] for p, (i, j) in zip(padded, at, strict=True)])
+
+
+def frame(x: Tensor, g: torch.Generator) -> Tensor:
+    """The flips and frames of ImageNet training: a square of a random size, from half the width up, somewhere."""
+
+    def draw(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(len(x), generator=g)
+
+    m = torch.zeros(len(x), 2, 3)
+    scale = draw(0.5, 1.0)
+    m[:, 0, 0] = scale * torch.where(draw(0, 1) < 0.5, -1.0, 1.0)
+    m[:, 1, 1] = scale
+    m[:, :, 2] = torch.stack([draw(-1, 1), draw(-1, 1)], 1) * (1 - scale)[:, None]
+    return F.grid_sample(x, F.affine_grid(m, list(x.shape), align_corners=False), align_corners=False)
 
 
 def batches(train: tuple[Tensor, Tensor], need: int, g: torch.Generator, augment: Any) -> list[tuple[Tensor, Tensor]]:

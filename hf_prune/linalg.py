@@ -67,9 +67,9 @@ def cholesky(h: Tensor, what: str = "the Gram matrix") -> Tensor:
     return factor
 
 
-def inverse_diagonal(h: Tensor) -> Tensor:
-    """diag(h⁻¹), (..., n), for positive definite h (..., n, n)."""
-    return torch.cholesky_inverse(cholesky(h)).diagonal(dim1=-2, dim2=-1)
+def inverse_of(h: Tensor, what: str = "the Gram matrix") -> Tensor:
+    """h⁻¹ for positive definite h (..., n, n).  Raises ValueError as `cholesky`."""
+    return torch.cholesky_inverse(cholesky(h, what))
 
 
 @contextlib.contextmanager
@@ -112,11 +112,11 @@ def masked_solve(
     """
     m = mask.to(b.dtype)
     if inverse is None:
-        inverse = torch.cholesky_inverse(cholesky(h))
+        inverse = inverse_of(h)
     apply, precondition = (lambda v: v @ h), (lambda v: v @ inverse)
     over: tuple[int, ...] = (-1,)
     if metric is not None:
-        inverse_metric = torch.cholesky_inverse(cholesky(metric, "the output metric"))
+        inverse_metric = inverse_of(metric, "the output metric")
         columns, n = _COLUMNS.get(), h.shape[-1]
         cost = b.shape[-2] * n * (b.shape[-2] + n)
         # a column of M v h needs all of v and one of h, so that processes can share a product though M couples the rows

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from . import channels, ranks, regroup
 from .channels import Axis, Channels, Member
-from .linalg import inverse_diagonal, symmetric
+from .linalg import inverse_of, symmetric
 from .pattern import Pattern
 from .sites import Site, Tape, Use, _tensors, feed, marks, parameters, placed, quiet
 
@@ -183,8 +183,8 @@ def scores(
             xx = data[s.name]
             eye = torch.eye(xx.shape[-1], dtype=xx.dtype, device=xx.device)
             scale = xx.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
-            diagonal = inverse_diagonal(xx + options.ridge * scale[..., None, None] * eye)
-            value = w.abs() / diagonal.sqrt()[..., None, :]
+            inverse = inverse_of(xx + options.ridge * scale[..., None, None] * eye)
+            value = w.abs() / inverse.diagonal(dim1=-2, dim2=-1).sqrt()[..., None, :]
         s.write(found[s.parameter], value.pow(options.power))
     return found
 

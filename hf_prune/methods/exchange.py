@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg import cholesky, masked_solve
+from ..linalg import inverse_of, masked_solve
 from ..pattern import Pattern
 from . import Draft, Problem, sparsegpt
 
@@ -29,7 +29,7 @@ def select(problem: Problem, *, ridge: float = 0.1, rounds: int = 4, share: floa
     always as many, so that no row's mask depends on the rows beside it.
     """
     h, b = problem.objective.normal(ridge)
-    inverse = torch.cholesky_inverse(cholesky(h))
+    inverse = inverse_of(h)
     free = b @ inverse  # the optimum with nothing removed
     scale = inverse.diagonal(dim1=-2, dim2=-1)[..., None, :]
     pattern = problem.pattern

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg import cholesky, masked_solve
+from ..linalg import inverse_of, masked_solve
 from . import Draft, Problem
 
 EVIDENCE = "gram"
@@ -23,7 +23,7 @@ def select(problem: Problem, *, ridge: float = 0.01, rows: int = 64) -> Draft:
     """
     w, pattern = problem.weight, problem.pattern
     h, b = problem.objective.normal(ridge)
-    inverse = torch.cholesky_inverse(cholesky(h.double()))  # (groups, in, in)
+    inverse = inverse_of(h.double())  # (groups, in, in)
     best = b.double() @ inverse  # the minimiser before anything is removed; w itself where the target is the cascade
     groups, out, n = w.shape
     per_row = n - pattern.group(w)[1] if not pattern.m and pattern.scope == "row" else n

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from ..linalg import cholesky
+from ..linalg import inverse_of
 from . import Draft, Problem
 
 EVIDENCE = "gram"
@@ -18,7 +16,7 @@ def select(problem: Problem, *, ridge: float = 0.1) -> Draft:
     worse masks.  ridge: share of the mean diagonal of the Gram matrix.
     """
     h, b = problem.objective.normal(ridge)
-    inverse = torch.cholesky_inverse(cholesky(h))
+    inverse = inverse_of(h)
     weight = b @ inverse
     score = weight.square() / inverse.diagonal(dim1=-2, dim2=-1)[..., None, :]
     mask = problem.pattern.mask(score)

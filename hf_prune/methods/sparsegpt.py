@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg import cholesky
+from ..linalg import cholesky, inverse_of
 from ..pattern import Pattern
 from . import Draft, Problem
 
@@ -20,7 +20,7 @@ def select(problem: Problem, *, damp: float = 0.01, block: int = 128) -> Draft:
     and in that a factorisation that fails is an error here, never replaced.
     """
     h, b = problem.objective.normal(damp)
-    inverse = torch.cholesky_inverse(cholesky(h))
+    inverse = inverse_of(h)
     # start from the minimiser of the target chosen by the recipe
     return sweep(b @ inverse if problem.objective.mix else problem.weight, inverse, problem.pattern, block)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg import cholesky
+from ..linalg import inverse_of
 from . import Draft, Problem
 
 EVIDENCE = "fisher"
@@ -30,7 +30,7 @@ def select(problem: Problem, *, ridge: float = 1e-4, block: int | str | None = 5
     for where in blocks:
         h = fisher.inner(where) / fisher.n
         h.diagonal().add_(ridge)
-        inverse = torch.cholesky_inverse(cholesky(h, "a Fisher block"))
+        inverse = inverse_of(h, "a Fisher block")
         diagonal[where] = inverse.diagonal()
         inverses.append(inverse.to(problem.weight.dtype))
     mask = problem.pattern.mask((problem.weight.double().square() / diagonal).to(problem.weight.dtype))
