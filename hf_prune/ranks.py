@@ -51,6 +51,11 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def own(seed: int) -> int:
+    """A seed for what each rank draws for itself: the given one on rank 0, and far from those of later stages."""
+    return seed + (rank() << 32)
+
+
 def is_main() -> bool:
     return rank() == 0
 

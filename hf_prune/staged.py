@@ -204,7 +204,9 @@ def stages(
             if teacher is not None:
                 order = order[0], [*outputs(teacher, order[0])]
             losses = torch.zeros(sizes[ranks.rank()], dtype=torch.float64)
-            grads, kind = gradients.per_row(run.model, run.sites, *order, mine, seed=seed + t, axes=axes, losses=losses)
+            grads, kind = gradients.per_row(
+                run.model, run.sites, *order, mine, seed=ranks.own(seed + t), axes=axes, losses=losses
+            )
             first = run.options.first_order
             if first and kind not in ("true", "dense"):
                 raise ValueError(f"fisher.first_order: {kind} labels have none; it needs labelled images.")

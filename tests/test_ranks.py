@@ -78,6 +78,16 @@ def warm():
     prune(network(), images(2), DEFAULT)
 
 
+def test_every_rank_draws_numbers_of_its_own(monkeypatch):
+    drawn = {}
+    for rank in range(3):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        for stage in range(200):
+            drawn[rank, stage] = ranks.own(7 + stage)
+    assert len(set(drawn.values())) == len(drawn) and drawn[0, 5] == 12
+    torch.Generator().manual_seed(drawn[2, 199])  # a seed that torch takes
+
+
 @pytest.mark.parametrize("size, count", [(2, 5), (3, 5), (4, 3)], ids=["uneven", "three", "fewer images than ranks"])
 @pytest.mark.parametrize(
     "recipe",
