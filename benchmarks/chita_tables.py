@@ -131,7 +131,7 @@ def mobilenet() -> dict[str, Any]:
     distil = {"mask": {"method": "chita", "ridge": 50.0}, "solve": "none", **match, "samples": 96, **lamp,
               "images": "both", "augment": frame,
               "fisher": {"rows": 96, "labels": "dense", "first_stage": 0.4, "halvings": 5, "dwell": 0.7,
-                         "average": 0.2}}  # fmt: skip
+                         "average": 0.2, "dtype": "bfloat16"}}  # fmt: skip
     return {
         "magnitude": {"mask": "magnitude", "solve": "none", "samples": 16},
         "magnitude, renewed BN": {"mask": "magnitude", "solve": "none", "samples": 160, "batchnorm": "renew"},
