@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy as copies
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,10 @@ class Watch:
         self.take, self.copy = take, copy
         self.place = {(s.parameter, s.rows): k for k, s in enumerate(found)}
         named = parameters(model)
-        self.tape = Tape({s.parameter: named[s.parameter] for s in found}, self.use, self.other)
+        me = weakref.proxy(self)  # a cycle would keep the rows, gigabytes of them, until Python looks for cycles
+        self.tape = Tape(
+            {s.parameter: named[s.parameter] for s in found}, lambda use: me.use(use), lambda *done: me.other(*done)
+        )
         self.waiting: list[tuple[int, Tensor, Tensor, int]] = []
         self.spoiled = False
         self.products = 0

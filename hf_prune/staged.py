@@ -219,6 +219,7 @@ def stages(
                 grads, run.weights(), [s.numel for s in run.sites], scale, total=_summed, n=sum(sizes),
                 rows=partial(ranks.gather_rows, sizes=sizes), start=sum(sizes[: ranks.rank()]),
             )  # fmt: skip
+            del grads  # the largest thing there is: gone with fisher, before the next stage makes its own
             spent = time.perf_counter() - clock
             note += f", {fisher.n} gradients of {run.options.minibatch} images, {kind} labels, {spent:.1f} s"
             told |= {"rows": fisher.n, "minibatch": run.options.minibatch, "labels": kind,

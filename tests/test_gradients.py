@@ -1,5 +1,7 @@
 """Per-image gradients against one backward per image, for every kind of layer; what is said where there are none."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -175,3 +177,17 @@ def test_a_weight_that_sees_no_image_is_named():
     model, x = Table().eval(), torch.randn(4, 3, 4)
     with pytest.raises(ValueError, match="position.weight: its inputs belong to no single image"):
         gradients.per_row(model, sites.find(model, x[:2]).sites, [x], [None], Rows(), seed=0)
+
+
+def test_gradients_are_let_go_without_the_collector():
+    """A is the largest thing there is: nothing may wait with it until Python looks for cycles."""
+    model, x = convolutions().eval(), torch.randn(4, 3, 8, 8)
+    found = sites.find(model, x[:2]).sites
+    gc.collect()
+    gc.disable()
+    try:
+        gradients.per_row(model, found, [x], [None], Rows(labels="projected"), seed=0)
+        left = [o for o in gc.get_objects() if type(o) is gradients.Watch]
+    finally:
+        gc.enable()
+    assert not left
