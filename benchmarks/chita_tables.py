@@ -128,7 +128,7 @@ def mobilenet() -> dict[str, Any]:
     chita = {"method": "chita", "ridge": 1e-2, "block": 500}
     match = {"batchnorm": "match", "samples": 160}
     lamp = {"allocation": "lamp"}
-    distil = {"mask": {"method": "chita", "ridge": 1000.0}, "solve": "none", **match, "samples": 96, **lamp,
+    distil = {"mask": {"method": "chita", "ridge": 20000.0}, "solve": "none", **match, "samples": 96, **lamp,
               "images": "both", "augment": frame,
               "fisher": {"rows": 96, "labels": "dense", "first_stage": 0.4, "halvings": 5, "dwell": 0.7,
                          "average": 0.2, "dtype": "bfloat16"}}  # fmt: skip
