@@ -52,8 +52,11 @@ def rank() -> int:
 
 
 def own(seed: int) -> int:
-    """A seed for what each rank draws for itself: the given one on rank 0, and far from those of later stages."""
-    return seed + (rank() << 32)
+    """A seed for what each rank draws for itself: the given one on rank 0, and far from those of later stages.
+
+    torch's generator reads the lower 32 bits alone, so that is where they differ.
+    """
+    return seed + 1_000_003 * rank()
 
 
 def is_main() -> bool:

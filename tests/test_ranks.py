@@ -85,7 +85,9 @@ def test_every_rank_draws_numbers_of_its_own(monkeypatch):
         for stage in range(200):
             drawn[rank, stage] = ranks.own(7 + stage)
     assert len(set(drawn.values())) == len(drawn) and drawn[0, 5] == 12
-    torch.Generator().manual_seed(drawn[2, 199])  # a seed that torch takes
+    made = [torch.Generator().manual_seed(s) for s in drawn.values()]
+    numbers = {torch.rand(1, generator=g, dtype=torch.float64).item() for g in made}
+    assert len(numbers) == len(drawn), "torch draws the same from two of the seeds"
 
 
 @pytest.mark.parametrize("size, count", [(2, 5), (3, 5), (4, 3)], ids=["uneven", "three", "fewer images than ranks"])
