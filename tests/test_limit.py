@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import math
 import os
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hf_prune
-from hf_prune import curvature, limit, limit_page, loop
+from hf_prune import curvature, limit, limit_page, loop, recipe
 from hf_prune import page as report_page
 from hf_prune.curvature import measure
 from hf_prune.spectrum import Lanczos, Removal, bounds, fixed_point, from_trace, kept, mean_curvature, probe
@@ -601,6 +602,36 @@ def test_an_allocation_is_used_only_where_the_measured_loss_falls(rule, scale):
         assert losses[rule] < losses["magnitude"]
     if scale == 0.05:
         assert "is used" in note, "magnitude would empty the layer that was scaled down"
+
+
+def test_ruins_are_not_compared():
+    """At 97 % zeros both rules leave less than an answer that ignores the image; fewer zeros tell them apart."""
+    torch.manual_seed(0)
+    batches = digits()[0]
+    dense = trained(Linear(), batches, 100)
+    dense.a.weight.data *= 0.05
+    dense.a.bias.data *= 0.05
+    dense.b.weight.data *= 20 * 10  # sharp answers: what is wrong is wrong by much
+    dense.b.bias.data *= 10
+    images = limit.targets(dense, batches)
+
+    def rise(rule, sparsity):
+        model = copy.deepcopy(dense)
+        chosen = loop.choose(model, batches[0][0], recipe.load(MAGNITUDE, allocation=rule, sparsity=sparsity))
+        named = dict(model.named_parameters())
+        with torch.no_grad():
+            for s in (s for u in chosen.units for s in u.sites):
+                w = s.read(named[s.parameter])
+                s.write(named[s.parameter], w * chosen.patterns[s.name].mask(w.abs()))
+        return measure(model, images)["loss"] - measure(dense, images)["loss"]
+
+    report = hf_prune.prune(copy.deepcopy(dense), batches, {**MAGNITUDE, "allocation": "lamp", "sparsity": 0.97})
+    tried = next(t for k in range(5) if min(rise(r, t := 0.97 / 2**k) for r in ("magnitude", "lamp")) < math.log(10))
+    assert tried < 0.97
+    (note,) = report.notes
+    said = f"zeroing {100 * tried:.3g} % of the weights by it raises the calibration loss by"
+    assert f"{said} {rise('lamp', tried):.4g}," in note
+    assert ("is used" in note) == (rise("lamp", tried) < rise("magnitude", tried))
 
 
 def test_trace_needs_one_layerwise_stage():
