@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import resource
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import allocation, memory, methods, microbatch, offload, permute, ranks, resume, sites, staged, streams, walk
+from . import allocation, distill, memory, methods, microbatch, offload, permute, ranks, resume, sites, staged, streams, walk
 from .collect import Pair, Target, find_junctions, grams, holding, look_ahead
 from .importance import TOGETHER, Key, Metric, importance
 from .linalg import dividing, exact_matmul, residuals
@@ -53,6 +54,7 @@ class Recipe:
     stages: int = 1  # rising sparsities on the way to the pattern, each a run of its own from where the last one ended
     schedule: str = "exponential"
     fisher: dict[str, Any] = field(default_factory=dict)  # keyword arguments of staged.Options
+    distill: dict[str, Any] = field(default_factory=dict)  # keyword arguments of distill.Options
     batchnorm: str = "keep"  # keep, renew, match or auto: statistics of the pruned network on the calibration images
     # run
     samples: int = 256
@@ -95,6 +97,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     permutation: dict[str, Any] | None = None  # None: channels stand where they stood
     stages: list[dict[str, Any]] = field(default_factory=list)  # of a run in stages or on gradients, see staged.py
+    distillation: dict[str, Any] | None = None  # what the last pass over the whole network did, see distill.py
 
 
 @dataclass
@@ -221,6 +224,10 @@ def prune(
         batches, labels = streams.take(store, itertools.chain(first, given), micro)
         images = sum(len(sites._tensors(b)[0]) for b in batches)
         tell({"event": "images", "images": images})
+        lesson, kept_out = distill.Options(**recipe.distill), []  # type: distill.Options, Sequence[Any]
+        if lesson.epochs:
+            batches, kept_out = distill.hold_out(batches, lesson.held_out)
+            labels = labels[: len(batches)]
         if recipe.allocation in allocation.CONFIRMED:
             tell({"event": "stage", "text": f"trying the allocation {recipe.allocation}"})
             chosen.patterns = allocation.confirm(model, list(batches), labels, chosen, recipe, notes)
@@ -236,16 +243,21 @@ def prune(
                 notes.append(f"permute {recipe.permute} did nothing: only N:M patterns depend on the channels' order.")
         told: list[dict[str, Any]] = []
         folder = Path(checkpoint) if checkpoint else None
+        teacher = copy.deepcopy(model) if lesson.epochs else None
+        saved = resume.Saved(folder, resume.fingerprint(model, batches, recipe)) if folder else None
         if staged.wanted(recipe):
 
             def walked(recipe: Recipe, patterns: dict[str, Any]) -> list[dict]:
                 return run(model, batches, recipe, replace(chosen, patterns=patterns), target, lambda event: None, None)
 
-            saved = resume.Saved(folder, resume.fingerprint(model, batches, recipe)) if folder else None
             every = list(batches)
             layers, told = staged.prune(model, every, labels, recipe, chosen.units, tell, walked, draw, notes, saved)
         else:
-            layers = run(model, batches, recipe, chosen, target, tell, folder, store, blocks, micro)
+            layers = run(model, batches, recipe, chosen, target, tell, saved, store, blocks, micro)
+        distillation = None
+        if teacher is not None:
+            distillation = taught(model, teacher, chosen, batches, kept_out, lesson, recipe, tell, saved, layers)
+            notes.append(distill.concluded(distillation))
     tell.lap()
     took = now().plus(began, -1.0)
     done = {entry["name"]: entry for entry in layers}
@@ -265,7 +277,26 @@ def prune(
         notes=notes,
         permutation=permutation,
         stages=told,
+        distillation=distillation,
     )
+
+
+def taught(
+    model: nn.Module, teacher: nn.Module, chosen: Selection, batches: Sequence[Any], kept_out: Sequence[Any],
+    options: distill.Options, recipe: Recipe, tell: Any, saved: resume.Saved | None, layers: list[dict],
+) -> dict[str, Any]:  # fmt: skip
+    """The last pass, and what it changes in the report's entries."""
+    every = [s for u in chosen.units for s in u.sites]
+    made = distill.distill(model, teacher, every, chosen.units, batches, kept_out, options, recipe.seed, tell, saved)
+    named, dense = sites.parameters(model), sites.parameters(teacher)
+    entries = {entry["name"]: entry for entry in layers}
+    for s in every:
+        w, before = s.read(named[s.parameter]), s.read(dense[s.parameter])
+        chosen.patterns[s.name].verify(w, s.name)
+        entries[s.name] |= {"kept": int((w != 0).sum()),
+                            "weight_norm_ratio": float(w.norm() / before.norm().clamp_min(1e-30))}  # fmt: skip
+    count = sum(len(sites._tensors(b)[0]) for b in kept_out)
+    return made | {"held_out": int(ranks.agree(float(count)))}
 
 
 def small_batch(model: nn.Module, batch: Any) -> Any:
@@ -291,7 +322,7 @@ def dense_entry(row: Row) -> dict[str, Any]:
 
 def run(
     model: nn.Module, batches: Sequence[Any], recipe: Recipe, chosen: Selection, target: Target, tell: Any,
-    folder: Path | None, store: streams.Store | None = None, blocks: int | None = None, micro: int | None = None,
+    saved: resume.Saved | None, store: streams.Store | None = None, blocks: int | None = None, micro: int | None = None,
     weighed: tuple[list[dict[Key, Tensor]], dict[Key, Metric]] | None = None,
 ) -> list[dict]:  # fmt: skip
     """Every unit in turn, or the first `blocks`: prune it, remember it, advance both streams through it.
@@ -302,7 +333,6 @@ def run(
     tensors = {**named, **dict(model.named_buffers())}
     way = walk.Walk(model, chosen.units, chosen.small, store)
     chosen.plan.walk = way.mode
-    saved = resume.Saved(folder, resume.fingerprint(model, batches, recipe)) if folder else None
     pairs = [Pair(e, e) for e in way.enter(batches)]
     metrics: dict[Key, Metric] = {}
     every = [s for u in chosen.units for s in u.sites]

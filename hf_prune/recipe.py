@@ -42,7 +42,7 @@ COMMAND_ONLY = (
     *("push_to_hub", "push_revision", "private", "create_pr", "commit_message"),
     *("host_memory", "device_memory", "timeout"),
 )
-NESTED = ("target", "fisher")  # keys that hold a mapping of options
+NESTED = ("target", "fisher", "distill")  # keys that hold a mapping of options
 ROLES = ("mask", "solve", "refine")  # keys that name a method of hf_prune/methods and its options
 
 
@@ -136,6 +136,7 @@ KEYS: dict[str, Callable[[Any], str | None]] = {
     "stages": _whole(1),
     "schedule": _one_of("exponential", "linear", "cubic", "ratio"),
     "fisher": _mapping,
+    "distill": _mapping,
     "batchnorm": _one_of("keep", "renew", "match", "auto"),
     "nm": _nm,
     "sparsity": _sparsity,
@@ -283,8 +284,9 @@ def resolve(
             problems += _options(role, merged[role], origin[role])
     if "target" in merged:
         problems += _target(merged["target"], origin["target"])
-    if "fisher" in merged:
-        problems += _fisher(merged["fisher"], origin["fisher"])
+    for key in ("fisher", "distill"):
+        if key in merged:
+            problems += _nested(key, merged[key], origin[key])
     if merged.get("mask", ...) is None:
         problems.append(f"{origin['mask']}: a mask method is needed, found none.")
     both = [name for name in merged.get("only", ()) if name in merged.get("skip", ())]
@@ -464,14 +466,15 @@ def _target(value: Mapping[str, Any], origin: str) -> list[str]:
     return _arguments({p.name: p.default for p in parameters}, value, origin, "target")
 
 
-def _fisher(value: Mapping[str, Any], origin: str) -> list[str]:
-    from .staged import Options
+def _nested(key: str, value: Mapping[str, Any], origin: str) -> list[str]:
+    from . import distill, staged
 
-    parameters = inspect.signature(Options).parameters.values()
-    found = _arguments({p.name: p.default for p in parameters}, value, origin, "fisher")
+    options = {"fisher": staged.Options, "distill": distill.Options}[key]
+    parameters = inspect.signature(options).parameters.values()
+    found = _arguments({p.name: p.default for p in parameters}, value, origin, key)
     if not found:
         try:
-            Options(**value)
+            options(**value)
         except ValueError as error:
             found.append(f"{origin}: {error}")
     return found

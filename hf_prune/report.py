@@ -75,6 +75,7 @@ def compose(
         "compressed": _compressed(run, compressed),
         "permutation": result.permutation,
         **({"stages": result.stages} if result.stages else {}),
+        **({"distillation": result.distillation} if result.distillation else {}),
     }
 
 

@@ -75,6 +75,10 @@ LATER: Keys = {
         lambda value: _list(value) and all(_mapping(v) and _number(v.get("sparsity")) for v in value),
         'a list of mappings with at least "sparsity"',
     ),
+    "distillation": (
+        lambda value: _mapping(value) and _count(value.get("epochs")) and _list(value.get("history")),
+        'a mapping with at least "epochs" and "history"',
+    ),
     "compressed": (
         lambda value: (
             value is None or (_mapping(value) and _text(value.get("file")) and value.get("only") in (True, False))

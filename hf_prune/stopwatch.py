@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-LOOKING, READING, OTHER = "looking at the model", "reading images", "other"
+LOOKING, READING, OTHER, DISTILLING = "looking at the model", "reading images", "other", "distilling"
 BLOCKS, BETWEEN = "pruning blocks", "between blocks"
 # the event, or the text of a "stage", with which a stage begins; any other text is OTHER
 STAGES = {
@@ -24,6 +24,7 @@ STAGES = {
     "advance": BETWEEN,
     "reordering channels": "reordering channels",
     "weighing samples by their influence on the output": "weighing samples",
+    DISTILLING: DISTILLING,
 }
 REORDERING, WEIGHING = STAGES["reordering channels"], STAGES["weighing samples by their influence on the output"]
 
@@ -68,7 +69,7 @@ class Stopwatch:
 
     def __call__(self, event: dict[str, Any]) -> None:
         kind = event["event"]
-        stage = STAGES.get(event["text"], OTHER) if kind == "stage" else STAGES.get(kind)
+        stage = STAGES.get(event["text"].partition(",")[0], OTHER) if kind == "stage" else STAGES.get(kind)
         if stage is not None:
             self.lap(stage, event.get("block"))
         self.tell(event)

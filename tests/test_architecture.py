@@ -15,6 +15,7 @@ MODEL = {
     "sites",
     "gradients",
     "staged",
+    "distill",
     "batchnorm",
     "walk",
     "junction",
