@@ -106,10 +106,16 @@ def _intro(report: Mapping[str, Any]) -> str:
     else:
         base = f"the local model {code(_basename(source))}"
     at = f" (revision {code(model['revision'])})" if model["revision"] else ""
+    then = "then distilled on its calibration images" if _taught(report) else "without retraining"
     return (
-        f"This is {base}{at}, pruned once, without retraining, by [hf-prune]({URL}) "
+        f"This is {base}{at}, pruned once, {then}, by [hf-prune]({URL}) "
         f"with the recipe {code(report['recipe'].get('name', 'custom'))}."
     )
+
+
+def _taught(report: Mapping[str, Any]) -> bool:
+    """Whether the weights are those of an epoch of distillation."""
+    return bool((report.get("distillation") or {}).get("kept"))
 
 
 def _pattern_words(pattern: str) -> str:
@@ -304,7 +310,8 @@ def _calibration(report: Mapping[str, Any]) -> str:
     used = any(stage.get("labels") == "true" for stage in stages)
     labels = "Their labels were used." if used else "Their labels were not used."
     said = f"Calibration: {part['samples']} images{where}, {drawn}. {labels}{skipped}"
-    return said + "".join(f"\n\n{words}" for words in [_gradients(stages), _statistics(stages)] if words)
+    more = [_gradients(stages), _statistics(stages), _distillation(report.get("distillation"))]
+    return said + "".join(f"\n\n{words}" for words in more if words)
 
 
 LABELS = {
@@ -336,6 +343,19 @@ def _statistics(stages: Sequence[Mapping[str, Any]]) -> str:
         return ""
     often = "" if len(stages) == 1 else f" after {renewed} of the {len(stages)} stages"
     return f"The statistics of the batch norms were re-estimated on the calibration images{often}."
+
+
+def _distillation(told: Mapping[str, Any] | None) -> str:
+    if not told:
+        return ""
+    what = f"the loss on {told['held_out']} calibration images that took no part in the run"
+    if not told["kept"]:
+        return f"Distillation over {told['epochs']} epochs did not lower {what}, and its weights were not kept."
+    return (
+        f"After pruning, the kept weights of the whole network were trained together towards the dense model's outputs "
+        f"(distillation, without labels): after {told['kept']} of {told['epochs']} epochs {what} was "
+        f"{told['after']:.4g}, and {told['before']:.4g} before them."
+    )
 
 
 def _resources(part: Mapping[str, Any]) -> str:
@@ -393,7 +413,8 @@ def _limits(report: Mapping[str, Any]) -> list[str]:
             f"Measured on {evaluation['samples']} images of one dataset; other images, classes that are rare there, "
             "and robustness were not measured."
         )
-    found.append("Pruned without retraining. It has the biases and the limits of the dense model, and its licence.")
+    way = "Trained after pruning, on its few calibration images" if _taught(report) else "Pruned without retraining"
+    found.append(f"{way}. It has the biases and the limits of the dense model, and its licence.")
     return found
 
 

@@ -860,6 +860,8 @@ class Progress:
             self._layer(event)
         elif kind == "warn":
             self._line(f"warning: {event['text']}")
+        elif kind == "distill":
+            self._distill(event)
         elif kind == "stage":
             if self.bar is not None:
                 self.bar.set_description_str(_ended(event["text"], 34))
@@ -885,6 +887,18 @@ class Progress:
 
             form = "{desc:<34} {bar} {n_fmt}/{total_fmt} {remaining}{postfix}" if total else None
             self.bar = tqdm(total=total, desc=what, bar_format=form, dynamic_ncols=True, file=sys.stderr)
+
+    def _distill(self, event: Mapping[str, Any]) -> None:
+        """The epochs of the last pass over the whole network: a bar of their own, or a line each."""
+        loss = f"loss on images kept out {event['loss']:.4g} (was {event['before']:.4g})"
+        if not self.terminal:
+            self.say.stage(f"distilled {event['done']} of {event['epochs']} epochs: {loss}")
+            return
+        if event["done"] == 0 or self.bar is None or self.bar.total != event["epochs"]:
+            self.__exit__()
+            self._open(event["epochs"], "distilling")
+        self.bar.update(event["done"] - self.bar.n)
+        self.bar.set_postfix_str(loss)
 
     def _layer(self, event: Mapping[str, Any]) -> None:
         before, after = event.get("error_before"), event.get("error_after")

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import loop, permute, staged, walk
+from . import distill, loop, permute, staged, walk
 from .collect import Target
 from .linalg import exact_matmul
 from .loop import Recipe, Selection, choose, evidence, uses_activations
 from .sites import Tape, Use, _tensors, cut, feed, parameters, quiet
-from .stopwatch import BETWEEN, BLOCKS, LOOKING, REORDERING, WEIGHING, Spent, Stopwatch, clock, now
+from .stopwatch import BETWEEN, BLOCKS, DISTILLING, LOOKING, REORDERING, WEIGHING, Spent, Stopwatch, clock, now
 
 MANY = 3  # batches of the larger of the two probes
 
@@ -83,6 +83,14 @@ def seconds(
         if recipe.permute != "none" and recipe.pattern().m:
             tell("timing the order of channels")
             total[REORDERING] = _permuting(model, batch, given, chosen, recipe, batches)
+        epochs = distill.Options(**recipe.distill).epochs
+        if epochs:
+            tell("timing the distillation")
+            few = given[0] if seen else _images(batch, min(recipe.batch_size, samples), 0)
+            distill.rehearse(model, chosen.units, few)  # pays for what is set up once
+            ahead = clock(lambda: distill.rehearse(model, chosen.units, few, 0))
+            step = clock(lambda: distill.rehearse(model, chosen.units, few)).plus(ahead, -1.0)
+            distilling = Spent().plus(step, epochs * samples / len(_tensors(few)[0]))
         tell("timing the first block")
         run(1, 1)  # pays for what is loaded and set up once
         if seen:
@@ -97,6 +105,8 @@ def seconds(
         total[BETWEEN] = _summed(
             kinds[:-1], {i: laps[BETWEEN, chosen.units[i].name] for i in spots if i + 1 in spots}
         )
+    if epochs:
+        total[DISTILLING] = distilling
     return total
 
 

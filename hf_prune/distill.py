@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import ranks, resume
 from .gradients import has_logits, logits_of
 from .linalg import matmul_precision
-from .sites import Site, _tensors, feed, parameters, quiet
+from .sites import Site, _tensors, feed, parameters, placed, quiet
 from .staged import held_loss, outputs
 from .walk import Unit, _hooks
 
@@ -83,7 +83,9 @@ def trained(model: nn.Module, sites: Sequence[Site], units: Sequence[Unit]) -> d
         kept = (w != 0).to(w.dtype)
         rms = (w.square().sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(1)).sqrt()
         s.place(found.setdefault(s.parameter, torch.zeros_like(p)), (rms * kept).to(p.dtype))
-    inside = {id(p) for u in units for p in u.module.parameters()}
+    behind = {s.norm.rpartition(".")[0] for s in sites if s.norm}  # batch norms, which may lie outside the blocks
+    modules = [*(u.module for u in units), *(model.get_submodule(name) for name in behind)]
+    inside = {id(p) for m in modules for p in m.parameters()}
     for name, p in named.items():
         if p.dim() == 1 and id(p) in inside and p.is_floating_point() and name not in found:
             rms = p.detach().square().mean().sqrt().clamp_min(SMALLEST)
@@ -160,9 +162,24 @@ class Lesson:
             loss = loss + DIVERGENCE * F.kl_div(p, q, log_target=True, reduction="sum")
         return loss
 
+    def learn(self, batch: Any) -> int:
+        """Add the gradient of the summed loss to the student's; returns the number of images."""
+        self.loss(batch).backward()
+        return len(_tensors(batch)[0])
+
+
+def rehearse(model: nn.Module, units: Sequence[Unit], batch: Any, times: int = 1) -> None:
+    """The work of a step, the model beside itself, for those who want to know what it takes; nothing changes."""
+    moving = [p for u in units for p in u.module.parameters() if p.is_floating_point()]
+    with quiet(model):
+        lesson = Lesson(model, model, units, [batch])
+        for k in range(times):
+            with learning(moving):
+                lesson.learn(vary(batch, torch.Generator().manual_seed(k)))
+
 
 @contextlib.contextmanager
-def learning(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def learning(parameters: Sequence[Tensor]) -> Iterator[None]:
     for p in parameters:
         p.requires_grad_(True)
     try:
@@ -199,9 +216,11 @@ def distill(
         adam = torch.optim.Adam(units_, lr=options.lr, betas=BETAS)
         for u in units_:
             adam.state[u] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(u), "exp_avg_sq": torch.zeros_like(u)}
-        dense = outputs(teacher, list(kept_out))
-        nothing = [None] * len(dense)
-        judge = lambda: held_loss(model, (list(kept_out), nothing), dense)  # noqa: E731
+        device = next(model.parameters()).device
+        kept_out = [placed(b, device) for b in kept_out]
+        dense = outputs(teacher, kept_out)
+        nothing: list[Tensor | None] = [None] * len(dense)
+        judge = lambda: held_loss(model, (kept_out, nothing), dense)  # noqa: E731
         history = [judge()]
         best = {name: named[name].detach().clone() for name in scales}
         state = {f"unit {n}": u for n, u in zip(scales, units_, strict=True)}
@@ -215,17 +234,21 @@ def distill(
         lesson = Lesson(model, teacher, units, kept_out)
         per = max(1, options.images // (ranks.world_size() * len(_tensors(batches[0])[0])))  # batches of one step
         steps = int(min(ranks.gather(-(-len(batches) // per))))
+
+        def progress(done: int, loss: float) -> None:
+            tell({"event": "distill", "done": done, "epochs": options.epochs, "before": history[0], "loss": loss})
+
         for epoch in range(len(history) - 1, options.epochs):
-            tell({"event": "stage", "text": said(epoch, options.epochs, history)})
+            if not math.isfinite(history[-1]):  # what follows would be no better
+                break
+            progress(epoch, history[-1])
             g = torch.Generator().manual_seed(ranks.own(seed) + 104729 * (epoch + 1))
             order = torch.randperm(len(batches), generator=g).tolist()
             for step in range(steps):
                 with learning(moving):
-                    count = 0
-                    for k in order[step * per : (step + 1) * per]:
-                        batch = vary(batches[k], g)
-                        count += len(_tensors(batch)[0])
-                        lesson.loss(batch).backward()
+                    count = sum(
+                        lesson.learn(vary(placed(batches[k], device), g)) for k in order[step * per : (step + 1) * per]
+                    )
                     total = ranks.agree(float(count))
                     for u, p, s in zip(units_, moving, scales.values(), strict=True):
                         u.grad = (torch.zeros_like(p) if p.grad is None else p.grad) * s / total
@@ -244,8 +267,7 @@ def distill(
             history.append(value)
             if saved:
                 saved.add(NAME, state, {"history": history})
-            if not math.isfinite(value):  # what follows would be no better
-                break
+        progress(options.epochs, min(history))
         with torch.no_grad():
             for name, b in best.items():
                 named[name].copy_(b)
@@ -253,15 +275,10 @@ def distill(
     return {"epochs": options.epochs, "kept": kept, "before": history[0], "after": history[kept], "history": history}
 
 
-def write(moving: Sequence[nn.Parameter], units: Sequence[Tensor], scales: dict[str, Tensor]) -> None:
+def write(moving: Sequence[Tensor], units: Sequence[Tensor], scales: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for p, u, s in zip(moving, units, scales.values(), strict=True):
             p.copy_(torch.where(s > 0, u * s, p))
-
-
-def said(epoch: int, epochs: int, history: Sequence[float]) -> str:
-    return f"distilling, epoch {epoch + 1} of {epochs}: loss on images kept out {history[-1]:.4g} (was {history[0]:.4g})"
-
 
 
 def concluded(told: dict[str, Any]) -> str:
@@ -269,4 +286,5 @@ def concluded(told: dict[str, Any]) -> str:
     way = f"the loss on {told['held_out']} images kept out"
     if not told["kept"]:
         return f"distillation over {told['epochs']} epochs did not lower {way} ({told['before']:.4g}); nothing changed."
-    return f"distillation: {way} fell from {told['before']:.4g} to {told['after']:.4g} (epoch {told['kept']} of {told['epochs']})."
+    epoch = f"epoch {told['kept']} of {told['epochs']}"
+    return f"distillation: {way} fell from {told['before']:.4g} to {told['after']:.4g} ({epoch})."

@@ -15,7 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import allocation, distill, memory, methods, microbatch, offload, permute, ranks, resume, sites, staged, streams, walk
+from . import (
+    allocation,
+    distill,
+    memory,
+    methods,
+    microbatch,
+    offload,
+    permute,
+    ranks,
+    resume,
+    sites,
+    staged,
+    streams,
+    walk,
+)
 from .collect import Pair, Target, find_junctions, grams, holding, look_ahead
 from .importance import TOGETHER, Key, Metric, importance
 from .linalg import dividing, exact_matmul, residuals

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import importance, methods
+from . import distill, importance, methods
 from .collect import AHEAD, KEPT, Pair, Stage, Target, find_junctions
 from .objective import Gram
 from .recall import held
@@ -100,6 +100,7 @@ class Needs:
     weighing: int  # what differentiating one image through the model holds; 0 where nothing is weighed
     streams: int  # 1 or 2 activation streams
     blocks: tuple[Block, ...] = field(repr=False, default=())
+    learning: int = 0  # of the last pass over the whole network: what differentiating one image holds; 0: there is none
 
     @property
     def metric(self) -> int:
@@ -109,11 +110,17 @@ class Needs:
     def fixed(self) -> int:
         """What no budget can make smaller: everything but activations, at one image at a time."""
         widest = [b.dense + max(b.metrics, default=0) + max(*b.stages, *b.solves, 0) for b in self.blocks]
-        return self.present + max(widest, default=0)
+        return self.present + max(max(widest, default=0), self.copies)
+
+    @property
+    def copies(self) -> int:
+        """Of the weights, while the whole network learns: the teacher, and of what moves six more (see distill.py)."""
+        return COPIES * self.weights if self.learning else 0
 
     def working(self, images: int) -> int:
         """What computing `images` at once adds, at the widest point."""
-        return max([self.weighing * min(images, MICRO)] + [b.image * images for b in self.blocks])
+        whole = [self.weighing * min(images, MICRO), self.learning * images]
+        return max(whole + [b.image * images for b in self.blocks])
 
     def waiting(self, samples: int) -> int:
         """Images, importance and streams of all samples, and output metrics."""
@@ -142,10 +149,14 @@ class Needs:
             left -= sum(b.metrics)
             for sums, solved in zip(b.stages, b.solves, strict=True):
                 found.append(base + max(sums + int(loose * b.image * images), solved))
+        if self.learning:
+            kept = held(samples * self.image)
+            found.append(self.present + kept + self.copies + int(loose * self.learning * images))
         return max(found)
 
 
 _DEFAULTS = inspect.signature(importance.importance).parameters
+COPIES = 7  # the teacher; units, scales, best weights, gradients, Adam's two moments
 WIDE = 2  # sums are float64 while they grow
 SLACK = 1.2  # measured: resident over live bytes of activations, with glibc's own threshold
 MICRO, PROBES = _DEFAULTS["micro"].default, _DEFAULTS["probes"].default  # images differentiated at once; how often
@@ -187,6 +198,9 @@ def needs(model: nn.Module, chosen: Any, recipe: Any) -> Needs:
             lambda: kept.update(importance._influence(model, modules, every, one, PROBES, 0, strong, Store()))
         )
         influence = _bytes(kept)
+    learning = 0
+    if distill.Options(**recipe.distill).epochs:
+        learning = live(lambda: distill.rehearse(model, chosen.units, one))
     way = Walk.unchecked(model, chosen.units)
     with quiet(model), torch.no_grad():
         inputs, _ = way._record(one)
@@ -215,6 +229,7 @@ def needs(model: nn.Module, chosen: Any, recipe: Any) -> Needs:
         weighing=weighing,
         streams=2 if recipe.refine is not None or target.mix > 0 else 1,
         blocks=tuple(blocks),
+        learning=learning,
     )
 
 

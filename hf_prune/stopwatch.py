@@ -22,9 +22,9 @@ STAGES = {
     "images": LOOKING,
     "block": BLOCKS,
     "advance": BETWEEN,
+    "distill": DISTILLING,
     "reordering channels": "reordering channels",
     "weighing samples by their influence on the output": "weighing samples",
-    DISTILLING: DISTILLING,
 }
 REORDERING, WEIGHING = STAGES["reordering channels"], STAGES["weighing samples by their influence on the output"]
 
@@ -69,7 +69,7 @@ class Stopwatch:
 
     def __call__(self, event: dict[str, Any]) -> None:
         kind = event["event"]
-        stage = STAGES.get(event["text"].partition(",")[0], OTHER) if kind == "stage" else STAGES.get(kind)
+        stage = STAGES.get(event["text"], OTHER) if kind == "stage" else STAGES.get(kind)
         if stage is not None:
             self.lap(stage, event.get("block"))
         self.tell(event)

@@ -237,3 +237,15 @@ def test_the_card_says_that_channels_were_reordered() -> None:
     group = {"channels": 8, "weights": ["a"], "readers": ["b"], "kept_before": 0.7, "kept_after": 0.8, "reason": None}
     told = full() | {"permutation": {"score": "activation", "groups": [group, group, {**group, "reason": "it moved"}]}}
     assert "2 sets of channels were put in another order before that" in card.render(told)
+
+
+def test_a_distilled_model_is_not_called_untrained() -> None:
+    told = {"epochs": 20, "kept": 17, "held_out": 96, "before": 0.4512, "after": 0.3987, "history": [0.4512, 0.3987]}
+    text = body(card.render(full(distillation=told)))
+    assert "without retraining" not in text
+    assert "pruned once, then distilled on its calibration images, by" in text
+    assert "after 17 of 20 epochs the loss on 96 calibration images that took no part in the run was 0.3987" in text
+    assert "and 0.4512 before them" in text
+    text = body(card.render(full(distillation=told | {"kept": 0, "after": 0.4512})))
+    assert "pruned once, without retraining, by" in text
+    assert "did not lower the loss on 96 calibration images" in text

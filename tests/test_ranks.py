@@ -286,3 +286,29 @@ def test_the_products_of_a_coupled_solve_are_divided():
         assert torch.equal(w != 0, other != 0) and torch.allclose(w, other, rtol=5e-3, atol=1e-4), name
     few = run(3, lambda r, s: prune(network(), images(5)[r::s], METRIC).layers[0]["sent_bytes"])
     assert found[0][2][0]["sent_bytes"] > few[0]
+
+
+def test_a_network_that_is_taught_on_two_ranks_ends_as_one_model():
+    recipe = Recipe(nm="2:4", mask={"method": "magnitude"}, solve=None, distill={"epochs": 8, "lr": 0.01, "images": 4})
+
+    def work(rank, size):
+        model = network()
+        report = prune(model, images(9, 4)[rank::size], recipe)
+        return {k: v.numpy() for k, v in model.state_dict().items()}, report.distillation
+
+    found = run(2, work)
+    assert not [v for v in found.values() if isinstance(v, Exception)], found
+    (one, told), (other, same) = found[0], found[1]
+    assert told == same and told["kept"] > 0 and told["held_out"] == 8
+    for name in one:
+        assert (one[name] == other[name]).all(), name
+
+
+def test_every_rank_needs_a_batch_to_keep_out():
+    recipe = Recipe(nm="2:4", distill={"epochs": 1})
+
+    def work(rank, size):
+        prune(network(), images(3)[rank::size], recipe)
+
+    found = run(2, work)
+    assert all(isinstance(e, ValueError) and "keeps whole batches out" in str(e) for e in found.values()), found
