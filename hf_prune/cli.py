@@ -890,15 +890,16 @@ class Progress:
 
     def _distill(self, event: Mapping[str, Any]) -> None:
         """The epochs of the last pass over the whole network: a bar of their own, or a line each."""
-        loss = f"loss on images kept out {event['loss']:.4g} (was {event['before']:.4g})"
+        loss = f"{event['loss']:.3g} (was {event['before']:.3g})"
         if not self.terminal:
-            self.say.stage(f"distilled {event['done']} of {event['epochs']} epochs: {loss}")
+            said = f"distilled {event['done']} of {event['epochs']} epochs: loss on images kept out {loss}"
+            self.say.stage(said)
             return
         if event["done"] == 0 or self.bar is None or self.bar.total != event["epochs"]:
             self.__exit__()
             self._open(event["epochs"], "distilling")
         self.bar.update(event["done"] - self.bar.n)
-        self.bar.set_postfix_str(loss)
+        self.bar.set_postfix_str(f"loss {loss}")
 
     def _layer(self, event: Mapping[str, Any]) -> None:
         before, after = event.get("error_before"), event.get("error_after")

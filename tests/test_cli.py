@@ -276,8 +276,8 @@ def test_quiet_says_nothing(home: Path, capfd: pytest.CaptureFixture) -> None:
     assert out == "" and err == ""
 
 
-@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals")
-def test_on_a_terminal_there_is_one_bar(home: Path, tmp_path: Path) -> None:
+def on_a_terminal(argv: list[str], cwd: Path) -> str:
+    """What the command draws on a terminal of 80 columns."""
     import fcntl
     import pty
     import struct
@@ -285,9 +285,9 @@ def test_on_a_terminal_there_is_one_bar(home: Path, tmp_path: Path) -> None:
 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
-    command = [sys.executable, "-m", "hf_prune", *words(home)]
+    command = [sys.executable, "-m", "hf_prune", *argv]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=env, cwd=tmp_path)
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=env, cwd=cwd)
     os.close(theirs)
     seen = b""
     while True:
@@ -299,12 +299,29 @@ def test_on_a_terminal_there_is_one_bar(home: Path, tmp_path: Path) -> None:
             break
         seen += part
     assert child.wait() == 0, seen.decode()
-    text = seen.decode()
+    return seen.decode()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals")
+def test_on_a_terminal_there_is_one_bar(home: Path, tmp_path: Path) -> None:
+    text = on_a_terminal(words(home), tmp_path)
     drawn = re.findall(r"layers\.1\.mlp\.fc2\.weight +\S* 12/12 [\d:]+, error [\d.]+ -> [\d.]+", text)
     assert drawn, text
     assert "evaluating" in text and "15/15" in text
     bars = [line for line in re.split(r"[\r\n]", text) if "12/12" in line or "15/15" in line]
     assert max(map(len, bars)) <= 80
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals")
+def test_distillation_draws_a_bar_of_its_own_and_the_card_tells_of_it(home: Path, tmp_path: Path) -> None:
+    argv = words(home, "--recipe", "snows-distilled", "--set", "distill.epochs=3", "--no-eval", "--output-dir", "out")
+    text = on_a_terminal(argv, tmp_path)
+    assert re.search(r"distilling +\S* 3/3 [\d:]+, loss [\d.e-]+ \(was [\d.e-]+\)", text), text
+    assert max(len(line) for line in re.split(r"[\r\n]", text) if "/3 " in line) <= 80
+    told = checkpoint.read(tmp_path / "out")["distillation"]
+    assert told["epochs"] == 3 and len(told["history"]) == 4 and told["held_out"] == 8
+    assert "calibration images that took no part" in re.sub(r"\s+", " ", (tmp_path / "out" / "README.md").read_text())
+    assert cli.main(["verify", str(tmp_path / "out")]) == 0
 
 
 def test_dry_run_prints_the_plan_needs_no_data_and_writes_nothing(home: Path, capsys: pytest.CaptureFixture) -> None:

@@ -141,7 +141,7 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_images_and_zero_for_the_teacher
             handle.remove()
             pair.append((seen["o"], energy / sum(map(len, batches))))
         outs.append((pair[0][0] - pair[1][0]).square().sum() / pair[1][1])
-    energy = sum(float(dense(x).square().sum()) for x in batches) / sum(map(len, batches))
+    energy = sum(float(dense(x).detach().square().sum()) for x in batches) / sum(map(len, batches))
     p, q = z.log_softmax(-1), zd.log_softmax(-1)
     expected = sum(outs) / len(outs) + (z - zd).square().sum() / energy + 0.1 * (q.exp() * (q - p)).sum()
     torch.testing.assert_close(whole, expected)
@@ -273,3 +273,33 @@ def test_no_epochs_no_distillation():
     report = prune(small(), photos(), PLAIN)
     assert report.distillation is None and not Options().epochs
     assert math.isclose(distill.rate(0, 100), 1 / 8, rel_tol=1e-3) and distill.rate(99, 100) < 1e-3
+
+
+def test_the_plan_counts_its_time_and_its_memory():
+    from hf_prune import cost, memory
+    from hf_prune.stopwatch import DISTILLING
+
+    model, batches = small(), photos()
+    taught, plain = (recipe.load("snows", nm="2:4", samples=24, batch_size=4, distill={"epochs": e}) for e in (6, 0))
+    stages = cost.seconds(model, batches[0][:2], taught, 24)
+    assert stages[DISTILLING].cpu > 0 and DISTILLING not in cost.seconds(model, batches[0][:2], plain, 24)
+    needs = memory.needs(model, selection(model, batches, taught), taught)
+    without = memory.needs(model, selection(model, batches, plain), plain)
+    assert needs.copies == 7 * needs.weights and without.copies == 0
+    # what one image's graph holds: at least every activation that a backward pass reads
+    assert needs.learning > 4 * 8 * 8 * (3 + 8 + 16 + 16) and without.learning == 0
+    assert needs.working(8) >= 8 * needs.learning
+    told = {}
+    prune(model, batches, taught, progress=lambda e: told.update({e["event"]: e}))
+    assert told["distill"]["done"] == 6
+
+
+def test_it_keeps_within_a_memory_budget(tmp_path):
+    """Images wait on disk and fewer are computed at once; the same weights move."""
+    model = small()
+    from hf_prune import memory
+
+    budget = memory.resident() + 64 * 2**20
+    report = prune(model, photos(20), TAUGHT, host_memory=budget, spill=tmp_path)
+    assert report.distillation["kept"] > 0
+    assert (model.body[0].weight == 0).float().mean() == 0.5
