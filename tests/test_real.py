@@ -63,7 +63,7 @@ def test_transformers_and_timm_get_the_same_masks(
     for x, y in pairs:
         assert int((x == 0).sum()) == x.numel() // 2
         differing = float(((x == 0) != (y == 0)).float().mean())
-        # solves agree to a few digits, and scores that are nearly equal then change places: one weight in 760 at most was seen
+        # solves agree to a few digits, and scores nearly equal change places: at most one weight in 760 was seen to
         assert differing <= (0.0 if recipe == "magnitude" else 2e-3), "rounding may move a tie, no more"
 
 
