@@ -47,7 +47,7 @@ def test_transformers_and_timm_get_the_same_masks(
     name, _, mask = recipe.partition(", ")
     search = mask == "exchange"
     if name == "snows":  # solved further than by default, so that what differs is rounding
-        rest["solve"] = {"tolerance": 1e-5}
+        rest["solve"], rest["target"] = {"tolerance": 1e-5}, {"mix": 0.8}  # at .6 near ties move .13 % of a mask
         rest["mask"] = {"method": "exchange", "steps": 40} if search else {"method": "obs", "ridge": 0.04}
     first = hf_prune.prune(ours, [{"pixel_values": b} for b in batches], name, only=["vit.layers.0"], **rest)
     second = hf_prune.prune(theirs, batches, name, only=["blocks.0"], **rest)
@@ -63,8 +63,7 @@ def test_transformers_and_timm_get_the_same_masks(
     for x, y in pairs:
         assert int((x == 0).sum()) == x.numel() // 2
         differing = float(((x == 0) != (y == 0)).float().mean())
-        # solves agree to a few digits, and scores nearly equal change places: at most one weight in 760 was seen to
-        assert differing <= (0.0 if recipe == "magnitude" else 2e-3), "rounding may move a tie, no more"
+        assert differing <= (0.0 if recipe == "magnitude" else 1e-3), "rounding may move a tie, no more"
 
 
 def test_refitting_on_photographs_beats_the_mask_alone(shared_data: Path) -> None:
