@@ -134,7 +134,7 @@ class Lesson:
 
     def look(self, model: nn.Module, batch: Any) -> tuple[Tensor, list[Tensor]]:
         """(outputs, the output of every block)."""
-        modules, seen = dict(model.named_modules()), {}  # type: dict[str, nn.Module], dict[str, Tensor]
+        seen: dict[str, Tensor] = {}
 
         def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
             def hook(module: nn.Module, args: Any, out: Any) -> None:
@@ -144,7 +144,7 @@ class Lesson:
 
             return hook
 
-        with _hooks(*(modules[name].register_forward_hook(note(name)) for name in self.names)):
+        with _hooks(*(model.get_submodule(name).register_forward_hook(note(name)) for name in self.names)):
             out = feed(model, batch)
         self.answers = has_logits(out)
         self.names = [name for name in self.names if name in seen]
