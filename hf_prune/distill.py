@@ -33,7 +33,8 @@ SMALLEST = 1e-3  # root mean square that a bias or scale is taken to have at lea
 DIVERGENCE = 0.1  # weight of the divergence of the answers beside the relative distance of the outputs
 CROP, ASPECT = 0.5, 4 / 3  # least share of an image that is cropped, and how far from square
 MIXED = 0.5  # share of the images that are mixed with another of their batch
-PRECISION = "medium"  # of products: TF32 or bfloat16 where the hardware has units for them; the gradients are noisier
+PRECISION = "medium"  # of products where steps are not made in bfloat16: TF32 where the hardware has units for it
+COARSE = 0.02  # relative distance of outputs made in bfloat16 from which on a model takes its steps in float32
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,24 @@ class Lesson:
             sums += torch.tensor([float(t.double().square().sum()) for t in (*blocks, z)] + [len(_tensors(batch)[0])])
         ranks.sum_([sums])
         self.energy = (sums[:-1] / sums[-1]).clamp_min(1e-30).tolist()
+        self.half = min(ranks.gather(self.stands_bfloat16(batches[0])))
+
+    def stands_bfloat16(self, batch: Any) -> bool:
+        """Whether there are units for it, and the teacher answers as it does in float32.
+
+        Model code that mixes types of its own fails under autocast, and so do operations without a bfloat16 kernel.
+        """
+        device = _tensors(batch)[0].device
+        if not bfloat16_units(device):
+            return False
+        with torch.no_grad():
+            exact, _ = self.look(self.teacher, batch)
+            try:
+                with halved(device):
+                    rounded, _ = self.look(self.teacher, batch)
+            except (RuntimeError, TypeError):
+                return False
+        return bool((rounded.float() - exact.float()).norm() < COARSE * exact.float().norm())
 
     def look(self, model: nn.Module, batch: Any) -> tuple[Tensor, list[Tensor]]:
         """(outputs, the output of every block)."""
@@ -148,7 +167,7 @@ class Lesson:
             out = feed(model, batch)
         self.answers = has_logits(out)
         self.names = [name for name in self.names if name in seen]
-        return logits_of(out), [seen[name] for name in self.names]
+        return _precise(logits_of(out)), [_precise(seen[name]) for name in self.names]
 
     def loss(self, batch: Any) -> Tensor:
         """The loss summed over the images of a batch."""
@@ -164,8 +183,26 @@ class Lesson:
 
     def learn(self, batch: Any) -> int:
         """Add the gradient of the summed loss to the student's; returns the number of images."""
-        self.loss(batch).backward()
+        with halved(_tensors(batch)[0].device) if self.half else contextlib.nullcontext():
+            loss = self.loss(batch)
+        loss.backward()
         return len(_tensors(batch)[0])
+
+
+def bfloat16_units(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 itself; where it is emulated, float32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def halved(device: torch.device) -> torch.autocast:
+    """Products in bfloat16.  Casts are not cached: teacher and student may be one model, once without gradient."""
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+def _precise(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 def rehearse(model: nn.Module, units: Sequence[Unit], batch: Any, times: int = 1) -> None:
@@ -272,7 +309,8 @@ def distill(
             for name, b in best.items():
                 named[name].copy_(b)
     kept = min(range(len(history)), key=history.__getitem__)
-    return {"epochs": options.epochs, "kept": kept, "before": history[0], "after": history[kept], "history": history}
+    found = {"epochs": options.epochs, "kept": kept, "before": history[0], "after": history[kept], "history": history}
+    return found | {"precision": "bfloat16" if lesson.half else "float32"}
 
 
 def write(moving: Sequence[Tensor], units: Sequence[Tensor], scales: dict[str, Tensor]) -> None:
