@@ -217,6 +217,7 @@ def rehearse(model: nn.Module, units: Sequence[Unit], batch: Any, times: int = 1
 
 @contextlib.contextmanager
 def learning(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Gradients of these parameters, and of nothing else; none are left behind."""
     for p in parameters:
         p.requires_grad_(True)
     try:
@@ -233,6 +234,51 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / max(1, WARM * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+class Steps:
+    """Adam on what moves.
+
+    Its step is of one size whatever the gradient's, so entries are counted in units of their scale; a pruned entry,
+    whose unit is 0, has no gradient and stays 0.
+    """
+
+    def __init__(self, model: nn.Module, scales: dict[str, Tensor], lr: float) -> None:
+        named = parameters(model)
+        self.scales, self.lr = scales, lr
+        self.moving = {name: named[name] for name in scales}
+        self.units = {n: torch.where(s > 0, self.moving[n].detach() / s, 0.0) for n, s in scales.items()}
+        self.adam = torch.optim.Adam(self.units.values(), lr=lr, betas=BETAS)
+        for u in self.units.values():  # from the start, so that a file of a killed run can be read into it
+            moments = {"exp_avg": torch.zeros_like(u), "exp_avg_sq": torch.zeros_like(u)}
+            self.adam.state[u] = {"step": torch.zeros(()), **moments}
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a later step depends on."""
+        found = {f"unit {n}": u for n, u in self.units.items()}
+        for n, u in self.units.items():
+            found |= {f"{key} {n}": self.adam.state[u][key] for key in ("exp_avg", "exp_avg_sq")}
+        return found
+
+    def take(self, lesson: Lesson, batches: Sequence[Any], done: int, steps: int) -> None:
+        """One step of `steps`, after `done` of them, on the mean loss over the batches of all processes."""
+        with learning([*self.moving.values()]):
+            total = ranks.agree(float(sum(map(lesson.learn, batches))))
+            for n, u in self.units.items():
+                grad = self.moving[n].grad
+                u.grad = torch.zeros_like(u) if grad is None else grad * self.scales[n] / total
+        ranks.sum_([u.grad for u in self.units.values() if u.grad is not None])
+        for group in self.adam.param_groups:
+            group["lr"] = self.lr * rate(done, steps)
+        for u in self.units.values():
+            self.adam.state[u]["step"].fill_(float(done))
+        self.adam.step()
+        self.write()
+
+    @torch.no_grad()
+    def write(self) -> None:
+        for n, p in self.moving.items():
+            p.copy_(torch.where(self.scales[n] > 0, self.units[n] * self.scales[n], p))
+
+
 def distill(
     model: nn.Module, teacher: nn.Module, sites: Sequence[Site], units: Sequence[Unit], batches: Sequence[Any],
     kept_out: Sequence[Any], options: Options, seed: int, tell: Callable[[dict[str, Any]], None],
@@ -244,30 +290,19 @@ def distill(
     and gives it back to a run that was killed.
     """
     with quiet(model), quiet(teacher):
-        scales = trained(model, sites, units)
-        named = parameters(model)
-        moving = [named[name] for name in scales]
-        # Adam's step is of one size whatever the gradient's: entries are counted in units of their scale, and a
-        # pruned entry, whose unit is 0, has no gradient and stays 0
-        units_ = [torch.where(s > 0, p.detach() / s, 0.0) for p, s in zip(moving, scales.values(), strict=True)]
-        adam = torch.optim.Adam(units_, lr=options.lr, betas=BETAS)
-        for u in units_:
-            adam.state[u] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(u), "exp_avg_sq": torch.zeros_like(u)}
         device = next(model.parameters()).device
         kept_out = [placed(b, device) for b in kept_out]
         dense = outputs(teacher, kept_out)
         nothing: list[Tensor | None] = [None] * len(dense)
         judge = lambda: held_loss(model, (kept_out, nothing), dense)  # noqa: E731
         history = [judge()]
-        best = {name: named[name].detach().clone() for name in scales}
-        state = {f"unit {n}": u for n, u in zip(scales, units_, strict=True)}
-        state |= {f"best {n}": b for n, b in best.items()}
-        for n, u in zip(scales, units_, strict=True):
-            state |= {f"{key} {n}": adam.state[u][key] for key in ("exp_avg", "exp_avg_sq")}
+        adam = Steps(model, trained(model, sites, units), options.lr)
+        best = {name: p.detach().clone() for name, p in adam.moving.items()}
+        state = adam.state() | {f"best {n}": b for n, b in best.items()}
         facts = saved.restore(NAME, state) if saved else None
         if facts:
             history = facts["history"]
-            write(moving, units_, scales)
+            adam.write()
         lesson = Lesson(model, teacher, units, kept_out)
         per = max(1, options.images // (ranks.world_size() * len(_tensors(batches[0])[0])))  # batches of one step
         steps = int(min(ranks.gather(-(-len(batches) // per))))
@@ -282,41 +317,22 @@ def distill(
             g = torch.Generator().manual_seed(ranks.own(seed) + 104729 * (epoch + 1))
             order = torch.randperm(len(batches), generator=g).tolist()
             for step in range(steps):
-                with learning(moving):
-                    count = sum(
-                        lesson.learn(vary(placed(batches[k], device), g)) for k in order[step * per : (step + 1) * per]
-                    )
-                    total = ranks.agree(float(count))
-                    for u, p, s in zip(units_, moving, scales.values(), strict=True):
-                        u.grad = (torch.zeros_like(p) if p.grad is None else p.grad) * s / total
-                ranks.sum_([u.grad for u in units_ if u.grad is not None])
-                done = epoch * steps + step
-                for group in adam.param_groups:
-                    group["lr"] = options.lr * rate(done, steps * options.epochs)
-                for u in units_:
-                    adam.state[u]["step"].fill_(float(done))
-                adam.step()
-                write(moving, units_, scales)
+                given = [vary(placed(batches[k], device), g) for k in order[step * per : (step + 1) * per]]
+                adam.take(lesson, given, epoch * steps + step, steps * options.epochs)
             value = judge()
             if value < min(history):
                 for name, b in best.items():
-                    b.copy_(named[name].detach())
+                    b.copy_(adam.moving[name].detach())
             history.append(value)
             if saved:
                 saved.add(NAME, state, {"history": history})
         progress(options.epochs, min(history))
         with torch.no_grad():
             for name, b in best.items():
-                named[name].copy_(b)
+                adam.moving[name].copy_(b)
     kept = min(range(len(history)), key=history.__getitem__)
     found = {"epochs": options.epochs, "kept": kept, "before": history[0], "after": history[kept], "history": history}
     return found | {"precision": "bfloat16" if lesson.half else "float32"}
-
-
-def write(moving: Sequence[Tensor], units: Sequence[Tensor], scales: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for p, u, s in zip(moving, units, scales.values(), strict=True):
-            p.copy_(torch.where(s > 0, u * s, p))
 
 
 def concluded(told: dict[str, Any]) -> str:

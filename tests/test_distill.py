@@ -259,6 +259,57 @@ def test_it_follows_a_run_in_stages_too():
     assert zeros == sum(int((w == 0).sum()) for w in (model.body[0].weight, model.body[3].weight))
 
 
+@pytest.mark.skipif(not distill.bfloat16_units(torch.device("cpu")), reason="no bfloat16 units here")
+def test_bfloat16_gradients_are_those_of_float32_but_for_their_rounding(monkeypatch):
+    dense = small()
+    model, batches = copy.deepcopy(dense), photos(start=7)
+    chosen = selection(dense, batches, PLAIN)
+    with torch.no_grad():
+        for w in (model.body[0].weight, model.body[3].weight):
+            w[w.abs() < w.abs().median()] = 0
+    found = []
+    for units in (True, False):
+        monkeypatch.setattr(distill, "bfloat16_units", lambda device, units=units: units)
+        lesson = Lesson(model, dense, chosen.units, batches)
+        assert lesson.half == units
+        with distill.learning([model.body[0].weight, model.body[1].bias]):
+            assert lesson.learn(batches[0]) == 4
+            found.append([model.body[0].weight.grad, model.body[1].bias.grad])
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == torch.float32 and 0 < (a - b).norm() < 0.05 * b.norm()
+
+
+class Particular(nn.Module):
+    """Writes what a layer made into a buffer of its own type, as some model code does."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        kept = torch.zeros(len(x), 16)
+        kept[torch.arange(len(x))] = self.body(x)
+        return self.head(kept)
+
+
+@pytest.mark.parametrize("strange", ["types", "numbers"])
+def test_a_model_that_does_not_stand_bfloat16_is_trained_in_float32(monkeypatch, strange):
+    torch.manual_seed(3)
+    model = Particular().eval() if strange == "types" else nn.Sequential(nn.Linear(12, 8), Block(), nn.Linear(8, 5))
+    if strange == "numbers":  # two large terms that cancel
+        with torch.no_grad():
+            model[2].bias.fill_(0)
+            model[0].bias.fill_(1000)
+            model[2].weight.copy_(torch.linspace(-1, 1, 8).repeat(5, 1))
+    monkeypatch.setattr(distill, "bfloat16_units", lambda device: True)
+    batches = [torch.randn(8, 12, generator=torch.Generator().manual_seed(k)) for k in range(6)]
+    report = prune(model, batches, Recipe(nm="2:4", mask={"method": "magnitude"}, solve=None,
+                                          distill={"epochs": 6, "lr": 0.01, "images": 8}))  # fmt: skip
+    assert report.distillation["precision"] == "float32"
+    assert all(math.isfinite(h) for h in report.distillation["history"]) and len(report.distillation["history"]) == 7
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [({"epoch": 3}, "distill has no option 'epoch'"), ({"epochs": -1}, "at least 0"), ({"lr": 0.0}, "lr above 0"),
