@@ -125,11 +125,12 @@ class Lesson:
         self.student, self.teacher = student, teacher
         self.names = [u.name for u in units]
         self.answers = False  # whether the outputs are logits
-        sums = torch.zeros(len(self.names) + 2, dtype=torch.float64)  # energy of every block, of the outputs; images
+        found = []  # energy of every block, of the outputs; images
         for batch in batches:
             with torch.no_grad():
                 z, blocks = self.look(teacher, batch)
-            sums += torch.tensor([float(t.double().square().sum()) for t in (*blocks, z)] + [len(_tensors(batch)[0])])
+            found.append([float(t.double().square().sum()) for t in (*blocks, z)] + [len(_tensors(batch)[0])])
+        sums = torch.tensor(found, dtype=torch.float64).sum(0)
         ranks.sum_([sums])
         self.energy = (sums[:-1] / sums[-1]).clamp_min(1e-30).tolist()
         self.half = min(ranks.gather(self.stands_bfloat16(batches[0])))

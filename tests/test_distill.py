@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,6 +146,35 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_images_and_zero_for_the_teacher
     p, q = z.log_softmax(-1), zd.log_softmax(-1)
     expected = sum(outs) / len(outs) + (z - zd).square().sum() / energy + 0.1 * (q.exp() * (q - p)).sum()
     torch.testing.assert_close(whole, expected)
+
+
+class Counts(nn.Module):
+    def forward(self, x):
+        return (x > 0).sum(-1)
+
+
+class Counting(nn.Module):
+    """One of its modules returns whole numbers, which nothing can be asked of."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts, self.body, self.head = Counts(), nn.Linear(12, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.body(x)) * self.counts(x)[:, None]
+
+
+def test_blocks_that_return_no_real_numbers_take_no_part():
+    torch.manual_seed(0)
+    dense = Counting()
+    model = copy.deepcopy(dense)
+    with torch.no_grad():
+        model.body.weight.mul_(0.5)
+    batches = [torch.randn(4, 12, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    named = [SimpleNamespace(name=name) for name in ("counts", "body")]
+    both, one = (Lesson(model, dense, units, batches).loss(batches[0]) for units in (named, named[1:]))
+    torch.testing.assert_close(both, one)
+    assert one > 0
 
 
 def test_the_scale_of_a_layer_does_not_matter():
