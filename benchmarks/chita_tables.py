@@ -145,6 +145,9 @@ def mobilenet() -> dict[str, Any]:
         "CHITA mask + least squares, LAMP, BN": {"mask": chita, "solve": "least_squares", "fisher": one, **match,
                                                  **lamp},
         **{f"CHITA++ {stages}, dense labels, LAMP, BN": {**distil, "stages": stages} for stages in (20, 40, 80)},
+        # whole model, stem and classifier too, as the rows above; no label, no gradient of the loss
+        "snows, LAMP": {"recipe": "snows", "scope": "model", "prune_stem": True, "prune_head": True, **lamp,
+                        "images": "both", "samples": 480},
     }  # fmt: skip
 
 
