@@ -47,7 +47,7 @@ class Options:
     """
 
     epochs: int = 0
-    lr: float = 2e-3
+    lr: float = 1e-3
     images: int = 32
     held_out: float = 0.1
 
