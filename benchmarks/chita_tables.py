@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs" / "chita.md"
-WHOLE = {"scope": "model", "prune_stem": True, "prune_head": True,
-         "target": {"mix": 0.0, "residual": False, "bias": False}}  # fmt: skip
+WHOLE = {"scope": "model", "prune_stem": True, "prune_head": True}
+PLAIN = {"target": {"mix": 0.0, "residual": False, "bias": False}}  # of rows that are no recipe's
 ONE = {"minibatch": 1, "labels": "true", "first_order": False}  # a gradient per image, and the OBS assumption
 
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -145,9 +145,7 @@ def mobilenet() -> dict[str, Any]:
         "CHITA mask + least squares, LAMP, BN": {"mask": chita, "solve": "least_squares", "fisher": one, **match,
                                                  **lamp},
         **{f"CHITA++ {stages}, dense labels, LAMP, BN": {**distil, "stages": stages} for stages in (20, 40, 80)},
-        # whole model, stem and classifier too, as the rows above; no label, no gradient of the loss
-        "snows, LAMP": {"recipe": "snows", "scope": "model", "prune_stem": True, "prune_head": True, **lamp,
-                        "images": "both", "samples": 480},
+        "snows, LAMP": {"recipe": "snows", **lamp, "images": "both", "samples": 480},
     }  # fmt: skip
 
 
@@ -331,8 +329,8 @@ def one_run(net: Network, options: dict[str, Any], column: float | str, seed: in
 
     model = net.make()
     keys: dict[str, Any] = {"seed": seed, **pattern(column), **options}
-    if recipe is None and net.whole:
-        keys = {**WHOLE, **keys}
+    if net.whole:
+        keys = {**WHOLE, **({} if recipe else PLAIN), **keys}
     if "nm" in keys:
         keys.pop("scope", None)
     if column == "dense":  # what the calibration images alone do: batch norms renewed, no weight touched

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import ranks, resume
 from .gradients import has_logits, logits_of
-from .linalg import matmul_precision
+from .linalg import matmul_precision, single
 from .sites import Site, _tensors, feed, parameters, placed, quiet
 from .staged import held_loss, outputs
 from .walk import Unit, _hooks
@@ -133,24 +133,22 @@ class Lesson:
         sums = torch.tensor(found, dtype=torch.float64).sum(0)
         ranks.sum_([sums])
         self.energy = (sums[:-1] / sums[-1]).clamp_min(1e-30).tolist()
-        self.half = min(ranks.gather(self.stands_bfloat16(batches[0])))
+        self.half = min(ranks.gather(self.stands_bfloat16(batch, z)))
 
-    def stands_bfloat16(self, batch: Any) -> bool:
-        """Whether there are units for it, and the teacher answers as it does in float32.
+    def stands_bfloat16(self, batch: Any, exact: Tensor) -> bool:
+        """Whether there are units for it, and the teacher answers a batch as it does in float32: `exact`.
 
         Model code that mixes types of its own fails under autocast, and so do operations without a bfloat16 kernel.
         """
         device = _tensors(batch)[0].device
-        if not bfloat16_units(device):
+        if not bfloat16_units(device) or exact.dtype == torch.float64:  # which autocast leaves as it is
             return False
-        with torch.no_grad():
-            exact, _ = self.look(self.teacher, batch)
-            try:
-                with halved(device):
-                    rounded, _ = self.look(self.teacher, batch)
-            except (RuntimeError, TypeError):
-                return False
-        return bool((rounded.float() - exact.float()).norm() < COARSE * exact.float().norm())
+        try:
+            with torch.no_grad(), halved(device):
+                rounded, _ = self.look(self.teacher, batch)
+        except (RuntimeError, TypeError):
+            return False
+        return bool((rounded - exact).norm() < COARSE * exact.norm())
 
     def look(self, model: nn.Module, batch: Any) -> tuple[Tensor, list[Tensor]]:
         """(outputs, the output of every block)."""
@@ -168,7 +166,7 @@ class Lesson:
             out = feed(model, batch)
         self.answers = has_logits(out)
         self.names = [name for name in self.names if name in seen]
-        return _precise(logits_of(out)), [_precise(seen[name]) for name in self.names]
+        return single(logits_of(out)), [single(seen[name]) for name in self.names]
 
     def loss(self, batch: Any) -> Tensor:
         """The loss summed over the images of a batch."""
@@ -200,10 +198,6 @@ def bfloat16_units(device: torch.device) -> bool:
 def halved(device: torch.device) -> torch.autocast:
     """Products in bfloat16.  Casts are not cached: teacher and student may be one model, once without gradient."""
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-
-
-def _precise(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 def rehearse(model: nn.Module, units: Sequence[Unit], batch: Any, times: int = 1) -> None:
@@ -247,7 +241,7 @@ class Steps:
         self.scales, self.lr = scales, lr
         self.moving = {name: named[name] for name in scales}
         self.units = {n: torch.where(s > 0, self.moving[n].detach() / s, 0.0) for n, s in scales.items()}
-        self.adam = torch.optim.Adam(self.units.values(), lr=lr, betas=BETAS)
+        self.adam = torch.optim.Adam(self.units.values(), betas=BETAS)
         for u in self.units.values():  # from the start, so that a file of a killed run can be read into it
             moments = {"exp_avg": torch.zeros_like(u), "exp_avg_sq": torch.zeros_like(u)}
             self.adam.state[u] = {"step": torch.zeros(()), **moments}
@@ -259,8 +253,11 @@ class Steps:
             found |= {f"{key} {n}": self.adam.state[u][key] for key in ("exp_avg", "exp_avg_sq")}
         return found
 
-    def take(self, lesson: Lesson, batches: Sequence[Any], done: int, steps: int) -> None:
-        """One step of `steps`, after `done` of them, on the mean loss over the batches of all processes."""
+    def take(self, lesson: Lesson, batches: Iterable[Any], done: int, steps: int) -> None:
+        """One step of `steps`, after `done` of them, on the mean loss over the batches of all processes.
+
+        batches: of this process; one at a time is asked for, and let go.
+        """
         with learning([*self.moving.values()]):
             total = ranks.agree(float(sum(map(lesson.learn, batches))))
             for n, u in self.units.items():
@@ -318,7 +315,7 @@ def distill(
             g = torch.Generator().manual_seed(ranks.own(seed) + 104729 * (epoch + 1))
             order = torch.randperm(len(batches), generator=g).tolist()
             for step in range(steps):
-                given = [vary(placed(batches[k], device), g) for k in order[step * per : (step + 1) * per]]
+                given = (vary(placed(batches[k], device), g) for k in order[step * per : (step + 1) * per])
                 adam.take(lesson, given, epoch * steps + step, steps * options.epochs)
             value = judge()
             if value < min(history):
@@ -333,7 +330,8 @@ def distill(
                 adam.moving[name].copy_(b)
     kept = min(range(len(history)), key=history.__getitem__)
     found = {"epochs": options.epochs, "kept": kept, "before": history[0], "after": history[kept], "history": history}
-    return found | {"precision": "bfloat16" if lesson.half else "float32"}
+    exact = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return found | {"precision": "bfloat16" if lesson.half else exact}
 
 
 def concluded(told: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ranks
-from .linalg import matmul_precision, symmetric
+from .linalg import matmul_precision, single, symmetric
 from .sites import Site, _tensors, cut, feed, marks, placed, quiet
 from .streams import Store, load
 from .walk import _hooks
@@ -166,8 +166,7 @@ def _influence(
             for k, g in zip(outputs, grads, strict=True):
                 if g is None:
                     g = torch.zeros_like(outputs[k])
-                rows = (g.movedim(1, -1) if sites[k].conv is not None else g).flatten(0, -2)
-                rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+                rows = single((g.movedim(1, -1) if sites[k].conv is not None else g).flatten(0, -2))
                 size = torch.linalg.vector_norm(rows, dim=-1).square()
                 influence[k] = influence.get(k, 0) + size
                 if sites[k].shape[0] == 1:

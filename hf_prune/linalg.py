@@ -21,6 +21,11 @@ def matmul_precision(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def single(t: Tensor) -> Tensor:
+    """A tensor of a smaller type in float32; any other as it is."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
 def exact_matmul() -> contextlib.AbstractContextManager[None]:
     """TF32 and reduced-precision sums off while statistics are gathered and systems solved."""
     return matmul_precision("highest")

@@ -323,6 +323,12 @@ class Particular(nn.Module):
         return self.head(kept)
 
 
+def test_a_model_in_float64_is_trained_in_float64(monkeypatch):
+    monkeypatch.setattr(distill, "bfloat16_units", lambda device: True)
+    report = prune(small().double(), [x.double() for x in photos()], TAUGHT)
+    assert report.distillation["precision"] == "float64"
+
+
 @pytest.mark.parametrize("strange", ["types", "numbers"])
 def test_a_model_that_does_not_stand_bfloat16_is_trained_in_float32(monkeypatch, strange):
     torch.manual_seed(3)
