@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ import vision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_prune
 from hf_prune import checkpoint, cli, compress, packing
@@ -88,25 +89,36 @@ def test_patterns_that_cannot_be_packed(n: int, m: int) -> None:
         packing.pack(torch.zeros(4, 4), n, m)
 
 
-class Count(TorchDispatchMode):
-    """Counts what torch is asked to do."""
+def instructions(work: Callable[[], Any]) -> int:
+    """How many instructions of Python it takes."""
+    count = 0
 
-    calls = 0
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.calls += 1
-        return func(*args, **(kwargs or {}))
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
 
 
 def test_there_is_no_loop_over_rows_or_groups() -> None:
-    counts = []
-    packing.unpack(*packing.pack(random_bits((8, 64), torch.float32, 2, 4), 2, 4), 2, 4)  # its tables are made once
-    for rows, columns in ((8, 64), (64, 512)):  # both are one chunk
+    def both(rows: int, columns: int) -> list[int]:
         dense = random_bits((rows, columns), torch.float32, 2, 4)
-        with Count() as count:
-            packing.unpack(*packing.pack(dense, 2, 4), 2, 4)
-        counts.append(count.calls)
-    assert 0 < counts[0] == counts[1], "as many operations for 64 times as many groups"
+        packed = packing.pack(dense, 2, 4)  # its tables are made once
+        return [instructions(lambda: packing.pack(dense, 2, 4)), instructions(lambda: packing.unpack(*packed, 2, 4))]
+
+    chunk = packing.CHUNK * 4 // 1024
+    few, one, many = both(8, 64), both(chunk, 1024), both(1024, 4096)
+    assert few == one and min(few) > 0, "as much Python for 128 times as many groups"
+    chunks = 1024 * 4096 // 4 // packing.CHUNK
+    assert all(m < chunks * o for m, o in zip(many, one, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------- files

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import hf_prune
+from hf_prune import importance
 from hf_prune.sites import parameters
 
 
@@ -28,35 +29,47 @@ def vit(folder: Path) -> torch.nn.Module:
     return AutoModelForImageClassification.from_pretrained(folder / "vit-tiny-patch16-224-hf").eval()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("recipe", ["magnitude", "sparsegpt", "snows, obs", "snows, exchange"])
-def test_transformers_and_timm_get_the_same_masks(shared_data: Path, recipe: str) -> None:
+def test_transformers_and_timm_get_the_same_masks(
+    shared_data: Path, recipe: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     timm = pytest.importorskip("timm")
     from safetensors.torch import load_file
 
-    # in float32 rounding moves near ties, .1 % of a mask, and the weights behind it by some per cent
-    pixels = photographs(shared_data, 16).double()
-    ours = vit(shared_data).double()
+    monkeypatch.setattr(importance, "PRECISION", "highest")  # or a fused layer rounds otherwise than separate ones
+    exact = dtype == torch.float64  # in float32 rounding moves near ties, and then the weights behind them
+    pixels = photographs(shared_data, 16).to(dtype)
+    ours = vit(shared_data).to(dtype)
     theirs = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
     theirs.load_state_dict(load_file(shared_data / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"))
-    theirs.double()
+    theirs.to(dtype)
     batches = list(pixels.split(8))
     # the channels of a fused layer are reordered as one, those of separate layers one by one: other places, same model
     rest = {"nm": "2:4", "permute": "none"}
     name, _, mask = recipe.partition(", ")
-    if name == "snows":  # solved to the end
-        rest["solve"] = {"tolerance": 1e-8}
-        rest["mask"] = {"method": "exchange", "steps": 40} if mask == "exchange" else {"method": "obs", "ridge": 0.04}
-    hf_prune.prune(ours, [{"pixel_values": b} for b in batches], name, only=["vit.layers.0"], **rest)
-    hf_prune.prune(theirs, batches, name, only=["blocks.0"], **rest)
+    search = mask == "exchange"
+    if name == "snows":  # solved further than by default, so that what differs is rounding
+        rest["solve"] = {"tolerance": 1e-8 if exact else 1e-5}
+        rest["target"] = {} if exact else {"mix": 0.8}
+        rest["mask"] = {"method": "exchange", "steps": 40} if search else {"method": "obs", "ridge": 0.04}
+    first = hf_prune.prune(ours, [{"pixel_values": b} for b in batches], name, only=["vit.layers.0"], **rest)
+    second = hf_prune.prune(theirs, batches, name, only=["blocks.0"], **rest)
     a, b = parameters(ours), parameters(theirs)
     fused = torch.cat([a[f"vit.layers.0.attention.{n}_proj.weight"] for n in "qkv"])
     pairs = [(fused, b["blocks.0.attn.qkv.weight"])]
     for x, y in (("attention.o_proj", "attn.proj"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
         pairs.append((a[f"vit.layers.0.{x}.weight"], b[f"blocks.0.{y}.weight"]))
+    if search:
+        found = [[r["error_after"] for r in run.layers if r["pattern"]][-3:] for run in (first, second)]
+        assert found[0] == pytest.approx(found[1], rel=0.02)
+        if not exact:  # a tie that rounding moves changes what is exchanged after it, and the inputs of later layers
+            pairs = pairs[:1]
     for x, y in pairs:
         assert int((x == 0).sum()) == x.numel() // 2
-        assert torch.equal(x == 0, y == 0)
-        assert (x - y).norm() <= 1e-6 * y.norm()
+        differing = float(((x == 0) != (y == 0)).float().mean())
+        assert differing <= (0.0 if exact or recipe == "magnitude" else 1e-3), "rounding may move a tie, no more"
+        assert not exact or (x - y).norm() <= 1e-6 * y.norm()
 
 
 def test_refitting_on_photographs_beats_the_mask_alone(shared_data: Path) -> None:
