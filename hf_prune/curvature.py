@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from . import ranks
 from .gradients import has_logits, logits_of
 from .importance import _directions
-from .linearised import linear
+from .linearised import linear, weighing
 from .sites import Site, feed, parameters, quiet
 from .window import grad_on
 
@@ -237,7 +237,7 @@ class Task:
         if kind not in self._room:
             if not any(k == kind for k, _ in self._graphs):
                 self._graphs.clear()  # of the other matrix: they share the room
-            with _weighing(self.stored.values()) as seen:
+            with weighing(self.stored.values()) as seen:
                 made = build(i)
             self._room[kind] = int(self.memory // max(1, sum(seen.values())))
         else:
@@ -324,19 +324,3 @@ class NoSecondDerivative(Exception):
 
 def _short(error: BaseException) -> str:
     return str(error).splitlines()[0].rstrip(".")
-
-
-@contextlib.contextmanager
-def _weighing(own: Any) -> Iterator[dict[int, int]]:
-    """Bytes of every storage that autograd saves, by its address; the model's own weights do not count."""
-    ours = {p.untyped_storage().data_ptr() for p in own}
-    seen: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in ours:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        yield seen

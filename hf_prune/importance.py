@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import ranks
 from .linalg import matmul_precision, single, symmetric
+from .linearised import linear
 from .sites import Site, _tensors, cut, feed, marks, placed, quiet
 from .streams import Store, load
 from .walk import _hooks
@@ -151,7 +152,7 @@ def _influence(
     eligible = [k for k, s in enumerate(sites) if s.rows is None and s.uses == 1]
     hooks = [modules[sites[k].module].register_forward_hook(keep(k)) for k in eligible]
     with quiet(model), torch.enable_grad(), matmul_precision(PRECISION):
-        with _hooks(*hooks):
+        with _hooks(*hooks), linear():
             result = feed(model, placed(part, _device(model)))
         ends = [t for t in _tensors(result) if t.is_floating_point() and t.requires_grad]
         if not ends or not outputs:

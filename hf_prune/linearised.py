@@ -9,7 +9,8 @@ matrix; the exact Hessian does need the rest and is taken without this mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+LONGEST = 8  # tokens over width of a head, beyond which tables of all pairs of tokens would fill the memory
 SLOPES: set[Callable[..., Any]] = {F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.softplus, F.mish, F.elu, torch.tanh,
                                    torch.sigmoid, Tensor.tanh, Tensor.sigmoid}  # fmt: skip
 
@@ -186,6 +188,8 @@ def attention(
     """Plain attention, without torch's search for rows that a mask left empty."""
     if attn_mask is not None or dropout_p or is_causal or enable_gqa:
         return None
+    if key.shape[-2] > LONGEST * key.shape[-1]:
+        return None
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
     if query.dim() != 4 or not query.shape[:2] == key.shape[:2] == value.shape[:2]:
         return (query @ key.mT).softmax(-1) @ value
@@ -204,3 +208,19 @@ def dense(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor |
 OWN: dict[Any, Callable[..., Tensor | None]] = {
     F.linear: dense, F.layer_norm: layer_norm, F.batch_norm: batch_norm, F.scaled_dot_product_attention: attention
 }  # fmt: skip
+
+
+@contextlib.contextmanager
+def weighing(own: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+    """Bytes of every storage that autograd saves, by its address; the model's own weights do not count."""
+    ours = {p.untyped_storage().data_ptr() for p in own}
+    seen: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in ours:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield seen

@@ -231,6 +231,8 @@ def prune(
         tell({"event": "start", "layers": len(chosen.patterns)})
         notes: list[str] = []
         micro = None
+        if budgets[0] is None:
+            memory.keep_freed()
         if any(budgets):
             limits = memory.limits(model, chosen, recipe, *budgets)
             store.budget, micro = limits.streams, limits.images

@@ -236,9 +236,24 @@ def needs(model: nn.Module, chosen: Any, recipe: Any) -> Needs:
 def give_back() -> None:
     """Let the C library return large blocks as soon as they are freed.  glibc keeps pieces of up to 32 MiB, which
     costs about a fifth of the activations; elsewhere nothing is done."""
+    _mallopt(MMAP_THRESHOLD, 2**18)
+    _mallopt(TRIM_THRESHOLD, 2**17)
+
+
+def keep_freed() -> None:
+    """Let the C library keep what is freed.  Activations come and go in blocks of a few MiB, and having the system
+    clear new pages for each took a seventh of a run; elsewhere than with glibc nothing is done."""
+    _mallopt(MMAP_THRESHOLD, 2**25)  # the most that glibc accepts
+    _mallopt(TRIM_THRESHOLD, 2**31 - 1)
+
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def _mallopt(option: int, value: int) -> None:
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if libc is not None and hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 2**18)  # M_MMAP_THRESHOLD
+        libc.mallopt(option, value)
 
 
 def _shapes(call: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .linalg import symmetric
+from .linalg import outer, symmetric
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Gram:
         """x (groups, samples, in), weight (samples,) or None for ones."""
         xw = x if weight is None else x * weight[:, None]
         self.xx += symmetric(xw, x)
-        self.sx += (x.mT @ (x.new_ones(x.shape[1]) if weight is None else weight)[:, None]).squeeze(-1)
+        self.sx += x.sum(1) if weight is None else outer(x, weight[None, :, None]).squeeze(-1)
         self.count_in(x.shape[1], weight)
 
     def count_in(self, samples: int, weight: Tensor | None) -> None:
@@ -65,9 +65,9 @@ class Gram:
     def add_corrections(self, x: Tensor, d: Tensor, weight: Tensor | None = None) -> None:
         """x (groups, samples, in), d (groups, samples, out), weight (samples,) or None for ones."""
         dw = d if weight is None else d * weight[:, None]
-        self.xd += x.mT @ dw
-        self.dd += (d * dw).sum(1) if weight is not None else torch.linalg.vector_norm(d, dim=1).square()
-        self.sd += (dw.mT @ d.new_ones(d.shape[1], 1)).squeeze(-1)
+        self.xd += outer(x, dw)
+        self.dd += (d * dw).sum(1)
+        self.sd += dw.sum(1)
 
     def __add__(self, other: Gram) -> Gram:
         sums = {k: getattr(self, k) + getattr(other, k) for k in ("xx", "xd", "dd", "sx", "sd", "count", "squares")}

@@ -10,7 +10,7 @@ Weights travel as one flat vector, the canonical views of the sites behind each 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from . import ranks
-from .collect import Pair, holding
+from .collect import KEPT, Pair, holding
 from .linalg import cholesky
+from .linearised import linear, weighing
 from .sites import Site, Stop, parameters
 from .walk import Walk
 
@@ -139,6 +140,10 @@ class Window:
         self.named = parameters(self.walk.model)
         self.sizes = [s.numel for s in self.sites]
         self.products = 0
+        self._graphs: dict[int, Callable[[Tensor], Sequence[Tensor | None]]] = {}
+        self._room: int | None = None  # batches whose graphs fit
+        self._at: Tensor | None = None  # the weights that they are of, and
+        self._version = 0
         self.last = self.index
         self.stop: int | None = None
         if self.steps is not None and self.pairs:
@@ -226,6 +231,8 @@ class Window:
         return torch.cat([s.read(self.named[s.parameter]).flatten() for s in self.sites])
 
     def write(self, w: Tensor) -> None:
+        self._graphs.clear()  # they are of other weights
+        self._at = None
         for s, part in zip(self.sites, w.split(self.sizes), strict=True):
             s.write(self.named[s.parameter], part.view(s.shape))
 
@@ -294,45 +301,95 @@ class Window:
         """Curvature times v: the Gauss-Newton matrix (positive semi-definite) or the exact Hessian.
 
         `difference` takes J v from a forward difference of relative step 3e-3, with one forward instead of two
-        backward passes and whatever kernels the model uses; its error is a few thousandths in float32.
+        backward passes; its error is a few thousandths in float32.  Graphs are kept from product to product at the
+        same w, while they take less than `KEPT`.
         """
         part = range(len(self.pairs)) if part is None else part
         self.products += 1
-        self.write(w)
-        ps = [self.named[s.parameter] for s in self.sites]
-        vs = [self._scatter(s, x) for s, x in zip(self.sites, v.split(self.sizes), strict=True)]
+        if self._at is not w or self._version != w._version:
+            self.write(w)
+            self._at, self._version = w, w._version
         flat = torch.zeros_like(w, dtype=ranks.wide(w))
-        step = 3e-3 * float(w.norm() / v.norm().clamp_min(1e-30))
-        with grad_on(ps):
+        with grad_on([self.named[s.parameter] for s in self.sites]):
             for i in part:
-                if self.curvature == "difference":  # before the graph is made: writing weights would break it
-                    with torch.no_grad():
-                        self.write(w + step * v)
-                        moved = self._terms(self.pairs[i].pruned)
-                        self.write(w)
-                terms = self._terms(self.pairs[i].pruned)
-                live = [k for k, t in enumerate(terms) if t.requires_grad]  # a parallel branch does not depend on ps
-                if self.curvature == "hessian":
-                    first = torch.autograd.grad(self._loss(terms, i), ps, create_graph=True, allow_unused=True)
-                    dot = _dot(first, vs)
-                    flat += self._flat(torch.autograd.grad(dot, ps, allow_unused=True))
-                    continue
-                if self.curvature == "difference":
-                    pushed = [((m - t) / step).detach() for m, t in zip(moved, terms, strict=True)]
-                else:  # J v by differentiating the vector-Jacobian product, which is linear in its seed
-                    seeds = [torch.zeros_like(t, requires_grad=True) for t in terms]
-                    pulled = torch.autograd.grad(
-                        [terms[k] for k in live], ps, [seeds[k] for k in live], create_graph=True, allow_unused=True
-                    )
-                    dot = _dot(pulled, vs)
-                    found = torch.autograd.grad(dot, seeds, retain_graph=True, allow_unused=True)
-                    pushed = [torch.zeros_like(t) if j is None else j for j, t in zip(found, terms, strict=True)]
-                # Jᵀ M J v, with the weights and scales of the loss in M
-                form = self._loss_of(pushed, i)
-                outs, heads = [terms[k] for k in live], [form[k] for k in live]
-                flat += self._flat(torch.autograd.grad(outs, ps, heads, allow_unused=True))
+                flat += self._flat(self._graph(i)(v))
         ranks.sum_([flat])
         return (flat / ranks.agree(float(len(part)))).to(w.dtype)
+
+    def _graph(self, i: int) -> Callable[[Tensor], Sequence[Tensor | None]]:
+        """What multiplies with batch i's part of the curvature; kept where there is room."""
+        if i in self._graphs:
+            return self._graphs[i]
+        build = {"hessian": self._hessian, "gauss-newton": self._gauss_newton, "difference": self._difference}
+        if self._room is None:  # the first graph is weighed
+            with weighing(self.named[s.parameter] for s in self.sites) as seen:
+                made = build[self.curvature](i)
+            self._room = (KEPT if self.walk.keeps else 0) // max(1, sum(seen.values()))
+        else:
+            made = build[self.curvature](i)
+        if len(self._graphs) < self._room:
+            self._graphs[i] = made
+        return made
+
+    def _hessian(self, i: int) -> Callable[[Tensor], Sequence[Tensor | None]]:
+        ps = [self.named[s.parameter] for s in self.sites]
+        loss = self._loss(self._terms(self.pairs[i].pruned), i)
+        first = torch.autograd.grad(loss, ps, create_graph=True, allow_unused=True)
+
+        def product(v: Tensor) -> Sequence[Tensor | None]:
+            dot = _dot(first, self._scattered(v))
+            return torch.autograd.grad(dot, ps, retain_graph=True, allow_unused=True)
+
+        return product
+
+    def _gauss_newton(self, i: int) -> Callable[[Tensor], Sequence[Tensor | None]]:
+        """J v by differentiating the vector-Jacobian product, which is linear in its seed."""
+        ps = [self.named[s.parameter] for s in self.sites]
+        with linear():
+            terms = self._terms(self.pairs[i].pruned)
+        live = [k for k, t in enumerate(terms) if t.requires_grad]  # a parallel branch does not depend on ps
+        outs, seeds = [terms[k] for k in live], [torch.zeros_like(terms[k], requires_grad=True) for k in live]
+        pulled = torch.autograd.grad(outs, ps, seeds, create_graph=True, allow_unused=True)
+
+        def product(v: Tensor) -> Sequence[Tensor | None]:
+            found = torch.autograd.grad(
+                _dot(pulled, self._scattered(v)), seeds, retain_graph=True, allow_unused=True
+            )
+            pushed = [torch.zeros_like(t) for t in terms]
+            for k, j in zip(live, found, strict=True):
+                pushed[k] = pushed[k] if j is None else j
+            return self._pulled(outs, live, pushed, i)
+
+        return product
+
+    def _difference(self, i: int) -> Callable[[Tensor], Sequence[Tensor | None]]:
+        with linear():
+            terms = self._terms(self.pairs[i].pruned)
+        live = [k for k, t in enumerate(terms) if t.requires_grad]
+        outs, w = [terms[k] for k in live], self.read()
+
+        def product(v: Tensor) -> Sequence[Tensor | None]:
+            step = 3e-3 * float(w.norm() / v.norm().clamp_min(1e-30))
+            moved = {s.parameter: self.named[s.parameter].detach().clone() for s in self.sites}
+            for s, x in zip(self.sites, (w + step * v).split(self.sizes), strict=True):
+                s.write(moved[s.parameter], x.view(s.shape))
+            # in the place of the weights and not into them, on which the graph depends
+            with holding(self.walk.model, moved), torch.no_grad():
+                there = self._terms(self.pairs[i].pruned)
+            return self._pulled(outs, live, [(m - t.detach()) / step for m, t in zip(there, terms, strict=True)], i)
+
+        return product
+
+    def _pulled(
+        self, outs: list[Tensor], live: list[int], pushed: list[Tensor], i: int
+    ) -> Sequence[Tensor | None]:
+        """Jᵀ M J v from J v, with the weights and scales of the loss in M."""
+        ps = [self.named[s.parameter] for s in self.sites]
+        form = self._loss_of(pushed, i)
+        return torch.autograd.grad(outs, ps, [form[k] for k in live], retain_graph=True, allow_unused=True)
+
+    def _scattered(self, v: Tensor) -> list[Tensor]:
+        return [self._scatter(s, x) for s, x in zip(self.sites, v.split(self.sizes), strict=True)]
 
     def _scatter(self, site: Site, part: Tensor) -> Tensor:
         """A canonical vector as a tensor shaped like the stored parameter, zero outside the site's rows."""

@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
+from hf_prune import linalg
 from hf_prune.linalg import cholesky, inverse_of, masked_solve, symmetric
 from hf_prune.objective import Gram
 
@@ -13,15 +15,15 @@ G, N, O, I = 2, 40, 3, 6  # noqa: E741
 D = torch.float64
 
 
-def problem(bias, mix, weighted, seed=0, batches=3):
+def problem(bias, mix, weighted, seed=0, batches=3, groups=G):
     """A Gram summed over batches, and the samples it was made of."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
         return torch.randn(*shape, generator=generator, dtype=D)
 
-    w = randn(G, O, I)
-    x, d = randn(G, N, I) + 1.5, 0.3 * randn(G, N, O) + 0.2
+    w = randn(groups, O, I)
+    x, d = randn(groups, N, I) + 1.5, 0.3 * randn(groups, N, O) + 0.2
     weight = torch.rand(N, generator=generator, dtype=D) + 0.1 if weighted else None
     gram = Gram.zeros(w)
     for part in torch.arange(N).chunk(batches):
@@ -43,16 +45,17 @@ def brute(gram, x, d, weight, w):
 CASES = list(itertools.product([False, True], [0.0, 0.5, 1.0], [False, True]))
 
 
+@pytest.mark.parametrize("groups", [1, G])
 @pytest.mark.parametrize(("bias", "mix", "weighted"), CASES)
-def test_value_gradient_and_product_against_brute_force(bias, mix, weighted):
-    gram, x, d, weight = problem(bias, mix, weighted)
-    w = gram.weight + 0.5 * torch.randn(G, O, I, dtype=D)
+def test_value_gradient_and_product_against_brute_force(bias, mix, weighted, groups):
+    gram, x, d, weight = problem(bias, mix, weighted, groups=groups)
+    w = gram.weight + 0.5 * torch.randn(groups, O, I, dtype=D)
     assert torch.allclose(gram.rows(w), brute(gram, x, d, weight, w), rtol=1e-10)
     assert torch.allclose(gram.value(w), brute(gram, x, d, weight, w).sum(), rtol=1e-10)
     w_ = w.clone().requires_grad_(True)
     (expected,) = torch.autograd.grad(brute(gram, x, d, weight, w_).sum(), w_)
     assert torch.allclose(gram.gradient(w), expected, rtol=1e-9, atol=1e-9)
-    v, h = torch.randn(G, O, I, dtype=D), 1e-4
+    v, h = torch.randn(groups, O, I, dtype=D), 1e-4
     difference = (gram.value(w + h * v) - gram.value(w - h * v)) / (2 * h)
     assert torch.allclose((gram.gradient(w) * v).sum(), difference, rtol=1e-7)
     hessian = torch.autograd.functional.hessian(lambda u: brute(gram, x, d, weight, u).sum(), w).view(
@@ -178,12 +181,52 @@ def test_a_singular_gram_names_rank_and_remedy():
 
 
 @pytest.mark.parametrize("width", [5, 127, 128, 130, 512, 515])
-def test_a_product_known_to_be_symmetric_is_the_whole_product(width):
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_product_known_to_be_symmetric_is_the_whole_product(width, groups):
     """The blocks below the diagonal are those above it."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 9, width, generator=generator, dtype=torch.float64)
+    x = torch.randn(groups, 9, width, generator=generator, dtype=torch.float64)
     weighed = x * torch.rand(9, 1, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(symmetric(weighed, x), torch.einsum("gsi,gsj->gij", weighed, x))
+
+
+class Rounding(TorchFunctionMode):
+    """A machine whose "medium" products have factors of 8 bits, in the layouts of which `rounds` is true."""
+
+    def __init__(self, rounds):
+        super().__init__()
+        self.rounds = rounds
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.matmul, torch.Tensor.__matmul__) and args[0].dtype == torch.float32:
+            if torch.get_float32_matmul_precision() == "medium" and self.rounds(*args):
+                args = [t.bfloat16().float() for t in args]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "rounds",
+    [lambda a, b: True, lambda a, b: a.dim() == 3, lambda a, b: not a.is_contiguous()],
+    ids=["always", "batches", "transposed"],
+)
+def test_the_faster_kernel_is_taken_only_where_it_does_not_round(rounds, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with Rounding(lambda a, b: False):
+        assert linalg.exact.__wrapped__() in ("medium", "highest")
+    with Rounding(rounds):
+        assert linalg.exact.__wrapped__() == "highest"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert linalg.exact.__wrapped__() == "highest"
+
+
+def test_exact_products_have_the_precision_of_float32():
+    before = torch.get_float32_matmul_precision()
+    x = torch.randn(300, 500)
+    with linalg.exact_matmul():
+        made = x @ x.t()
+    exact = x.double() @ x.double().t()
+    assert float((made - exact).norm() / exact.norm()) < 2e-6
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_inverse_of():
