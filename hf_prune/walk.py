@@ -4,8 +4,9 @@ No code here knows an architecture.  Blocks are the repeated composite modules; 
 forward.  From block to block the cheapest form of replay is used that reproduced the recorded forward to the bit:
 
 * chain   the next block's input is the previous block's output (and tensors both were handed);
-* lean    the model's own forward runs with earlier blocks replaced by stubs that return zeros, and stops at the block;
-* splice  the same with stubs that return the outputs they had, for models whose later parts look further back;
+* lean    the model's own forward runs with earlier modules replaced by stubs that return zeros, and stops at the block:
+          all modules that are done by then, or, where something later does look back at one, blocks alone;
+* splice  the same with stubs of blocks that return the outputs they had;
 * prefix  the whole model up to the block runs again: the last resort, its cost grows with the square of the depth.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -209,7 +211,8 @@ class Walk:
     def __init__(self, model: nn.Module, units: list[Unit], batch: Any, store: Store | None = None) -> None:
         self.model, self.units, self.store = model, units, store or Store()
         self.device = next(model.parameters()).device
-        self.specs: dict[tuple, list[Any]] = {}
+        self.specs: dict[tuple, dict[str, Any]] = {}
+        self.ended: list[list[str]] = []
         self.links: list[dict[str, Any]] = []
         self.behind = False  # the forward that runs has not come back to where it was taken up
         with quiet(model), torch.no_grad():
@@ -228,7 +231,7 @@ class Walk:
         way = cls.__new__(cls)
         way.model, way.units, way.store = model, units, Store()
         way.device = next(model.parameters()).device
-        way.specs, way.links, way.behind, way.mode = {}, [], False, "chain"
+        way.specs, way.ended, way.links, way.behind, way.mode = {}, [], [], False, "chain"
         return way
 
     # -- choosing the form
@@ -253,25 +256,36 @@ class Walk:
         handles = [u.module.register_forward_pre_hook(before(i), with_kwargs=True) for i, u in enumerate(self.units)]
         handles += [u.module.register_forward_hook(after(i), with_kwargs=True) for i, u in enumerate(self.units)]
         with _hooks(*handles):
-            feed(self.model, batch)
-        self.specs[_signature(batch)] = [
-            tree_map(lambda t: (t.shape, t.dtype) if torch.is_tensor(t) else t, o[1]) for o in outputs
-        ]
+            self._specify(batch)
         return inputs, outputs
 
     def _specify(self, batch: Any) -> None:
-        """Shapes and dtypes of every unit's outputs for batches like this one; `_record` would hold their values."""
-        found: list[Any] = [None] * len(self.units)
+        """The form of what every module returns for batches like this one, and which have ended before each unit."""
+        found: dict[str, list[Any]] = {}  # of a module, what each of its calls returned
+        began: list[list[str]] = [[] for _ in self.units]
+        at = {u.name: i for i, u in enumerate(self.units)}
 
-        def after(i: int) -> Any:
-            def hook(module: nn.Module, args: Any, out: Any) -> None:
-                found[i] = _map(lambda t: (t.shape, t.dtype), out)
+        def before(name: str) -> Any:
+            def hook(module: nn.Module, args: Any) -> None:
+                began[at[name]] = list(found)
 
             return hook
 
-        with _hooks(*(u.module.register_forward_hook(after(i)) for i, u in enumerate(self.units))):
+        def after(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, out: Any) -> None:
+                found.setdefault(name, []).append(tree_map(lambda t: _Spec(t) if torch.is_tensor(t) else t, out))
+
+            return hook
+
+        named = [(n, m) for n, m in self.model.named_modules() if n]
+        handles = [m.register_forward_hook(after(n)) for n, m in named]
+        handles += [u.module.register_forward_pre_hook(before(u.name)) for u in self.units]
+        with _hooks(*handles):
             feed(self.model, batch)
-        self.specs[_signature(batch)] = found
+        once = {n: outs[0] for n, outs in found.items() if len(outs) == 1 and _plain(outs[0])}
+        self.specs[_signature(batch)] = once | {u.name: found[u.name][0] for u in self.units if u.name in found}
+        ended = [set(once).intersection(names) for names in began]
+        self.ended = [[n for n in names if not any(m in names for m in _around(n))] for names in ended]
 
     def _check(self, batch: Any, inputs: list[Any], outputs: list[Any]) -> None:
         for i, unit in enumerate(self.units):
@@ -285,9 +299,12 @@ class Walk:
             if link is not None:
                 self.links.append(link)
                 continue
-            for form in ("lean", "splice"):
-                if _same(self._glue(batch, i, history[: i + 1], form), inputs[i + 1][1]):
-                    self.links.append({"form": form})
+            units = [u.name for u in self.units[:i]]
+            beside = [n for n in self.ended[i] if n != self.units[i].name]
+            for form, stubs in (("lean", beside), ("lean", units), ("splice", units)):
+                link = {"form": form, "stubs": stubs}
+                if _same(self._glue(batch, i, history[: i + 1], link), inputs[i + 1][1]):
+                    self.links.append(link)
                     break
             else:
                 self.mode = "prefix"
@@ -368,7 +385,7 @@ class Walk:
             link = self.links[j]
             history = [*history, out]
             if link["form"] != "chain":
-                return self._glue(self._place(entry["batch"]), j, history, link["form"], last)
+                return self._glue(self._place(entry["batch"]), j, history, link, last)
             args = self._chained(link, out, args)
             out = self.units[j + 1].module(*args[0], **args[1])
         return out
@@ -396,46 +413,48 @@ class Walk:
                 following["call"] = self._chained(link, self._keep(out), entry["call"])
             else:
                 history = [*self._place(entry.get("outputs", [None] * i)[:i]), out]
-                following["call"] = self._keep(self._glue(self._place(entry["batch"]), i, history, link["form"]))
+                following["call"] = self._keep(self._glue(self._place(entry["batch"]), i, history, link))
         return following
 
-    def _glue(self, batch: Any, i: int, history: list[Any], form: str, last: int | None = None) -> Any:
-        """The model's own forward while units up to i return `history` (zeros before i, where lean).
+    def _glue(self, batch: Any, i: int, history: list[Any], link: dict[str, Any], last: int | None = None) -> Any:
+        """The model's own forward while unit i returns its entry of `history`, and stubs before it theirs, or zeros.
 
         Returns what unit i + 1 is called with, or with `last` that unit's output.
         """
-        stubs: dict[int, Any] = {i: history[i]}
-        if form == "splice":
-            stubs = dict(enumerate(history))
-        elif i:
-            if _signature(batch) not in self.specs:
-                self._specify(batch)
-            for j in range(i):
-                stubs[j] = tree_map(
-                    lambda s: torch.zeros(s[0], dtype=s[1], device=self.device) if _is_spec(s) else s,
-                    self.specs[_signature(batch)][j],
-                    is_leaf=_is_spec,
-                )
-        return self._reach(batch, i + 1, stubs, last)
+        if link["form"] == "lean" and _signature(batch) not in self.specs:
+            self._specify(batch)
+        specs = self.specs.get(_signature(batch), {})
+        outs = {u.name: out for u, out in zip(self.units, history, strict=False)}
 
-    def _reach(self, batch: Any, i: int, stubs: dict[int, Any], last: int | None = None) -> Any:
+        def zeros(name: str) -> Any:
+            return tree_map(lambda t: t.zeros(self.device) if isinstance(t, _Spec) else t, specs[name])
+
+        def held(name: str) -> Any:  # a clone each time: what follows may write into it
+            return _copy(outs[name])
+
+        make = zeros if link["form"] == "lean" else held
+        stubs = {name: functools.partial(make, name) for name in link["stubs"]}
+        own = self.units[i].name
+        return self._reach(batch, i + 1, {**stubs, own: functools.partial(held, own)}, last)
+
+    def _reach(self, batch: Any, i: int, stubs: dict[str, Callable[[], Any]], last: int | None = None) -> Any:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             raise Reached((args, kwargs))
 
         def after(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             raise Reached(out)
 
-        def stub(j: int) -> Any:
+        def stub(name: str) -> Any:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                self.behind = self.behind and j != latest
-                return _copy(stubs[j])  # a clone each time: what follows may write into it
+                self.behind = self.behind and name != self.units[i - 1].name
+                return stubs[name]()
 
             return forward
 
-        latest = max(stubs, default=-1)
         self.behind = bool(stubs)
-        for j in stubs:
-            self.units[j].module.forward = stub(j)
+        replaced = [(m, m.__dict__.get("forward")) for m in map(self.model.get_submodule, stubs)]
+        for name, (module, _) in zip(stubs, replaced, strict=True):
+            module.forward = stub(name)
         if last is None:
             hook = self.units[i].module.register_forward_pre_hook(before, with_kwargs=True)
         else:
@@ -447,8 +466,10 @@ class Walk:
             return reached.value
         finally:
             self.behind = False
-            for j in stubs:
-                del self.units[j].module.forward
+            for module, own in replaced:
+                del module.forward
+                if own is not None:
+                    module.forward = own
         raise AssertionError("the forward ended before the unit was reached")
 
     def _keep(self, tree: Any) -> Any:
@@ -459,8 +480,25 @@ class Walk:
         return _map(lambda t: load(t).to(self.device, copy=torch.is_tensor(t)).detach(), tree)
 
 
-def _is_spec(s: Any) -> bool:
-    return isinstance(s, tuple) and len(s) == 2 and isinstance(s[0], torch.Size)
+class _Spec:
+    """A tensor's form without its values."""
+
+    def __init__(self, t: Tensor) -> None:
+        self.shape, self.dtype = t.shape, t.dtype
+
+    def zeros(self, device: torch.device) -> Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=device)
+
+
+def _plain(tree: Any) -> bool:
+    """Whether an output says nothing but its tensors' forms: objects may carry values, such as a key-value cache."""
+    return all(isinstance(leaf, (_Spec, *PLAIN)) for leaf in tree_leaves(tree))
+
+
+def _around(name: str) -> list[str]:
+    """Names of the modules around a module, the model itself left out."""
+    parts = name.split(".")
+    return [".".join(parts[:k]) for k in range(1, len(parts))]
 
 
 def _alias(a: Any, b: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Blocks found from structure, and activations that travel from one to the next to the bit."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -275,6 +276,77 @@ def test_a_failed_replay_leaves_the_model_as_it_was():
     model, batch = case.build(), case.batch(2, 0)
     way, _ = walked(model, batch)
     with pytest.raises(RuntimeError):
-        way._reach({"pixel_values": torch.zeros(2, 3, 7, 7)}, 1, {0: torch.zeros(2, 17, 32)})
+        stubs = {way.units[0].name: lambda: torch.zeros(2, 17, 32)}
+        way._reach({"pixel_values": torch.zeros(2, 3, 7, 7)}, 1, stubs)
     assert all("forward" not in vars(m) for m in model.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Table(nn.Module):
+    """What positions add, whatever they are: no weight here can be pruned."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        return self.values.expand_as(x)
+
+
+class Glued(nn.Module):
+    """Layers with other modules in between, as in a MobileNet; a table that is added to what every layer makes."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.stem = nn.Linear(8, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(6))
+        self.table = Table() if table else None
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        extra = self.table(x) if self.table is not None else 0
+        x = self.stem(x)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = layer(norm(x).relu()) + extra
+        return self.head(x)
+
+
+@pytest.mark.parametrize("table", [False, True], ids=["nothing looks back", "something looks back"])
+def test_replay_runs_what_lies_between_two_units_and_no_more(table):
+    model, batch = Glued(table).eval(), torch.randn(2, 8)
+    way, _ = walked(model, batch)
+    assert way.mode == "lean" and len(way.units) == 7
+    entries = way.enter([torch.randn(5, 8)])  # of another form than the batch on which replay was checked
+    x, calls = entries[0]["batch"], []
+    inputs = {}
+    hooks = [m.register_forward_pre_hook(lambda m, a, n=n: calls.append(n)) for n, m in model.named_modules() if n]
+    see = [u.module.register_forward_pre_hook(lambda m, a, n=u.name: inputs.setdefault(n, a[0])) for u in way.units]
+    with torch.no_grad():
+        model(x)
+    for h in see:
+        h.remove()
+    calls.clear()
+    way._specify(x)
+    calls.clear()
+    for i in range(len(way.units) - 1):
+        entries = [way.advance(i, e) for e in entries]
+        assert torch.equal(entries[0]["call"][0][0], inputs[way.units[i + 1].name])
+    ran = sum(n.startswith("norms") for n in calls)
+    stubbed = sum(n.startswith("norms") for link in way.links for n in link["stubs"])
+    for h in hooks:
+        h.remove()
+    assert ran - stubbed == (sum(range(7)) if table else 6)  # a stub is called too
+
+
+def test_a_forward_that_was_replaced_on_the_module_itself_is_put_back():
+    """As libraries do that hook into modules."""
+    model, batch = Glued(False).eval(), torch.randn(2, 8)
+    own = {}
+    for n, m in model.layers.named_children():
+        own[n] = m.forward = functools.partial(type(m).forward, m)
+    way, _ = walked(model, batch)
+    entries = way.enter([batch])
+    for i in range(len(way.units) - 1):
+        entries = [way.advance(i, e) for e in entries]
+    assert all(model.layers.get_submodule(n).forward is f for n, f in own.items())
