@@ -87,6 +87,7 @@ class Block:
     ahead: int = 0  # the dense network's activations of one image, where they are kept for all stages
     calls: int = 0  # what of the pruned network's is kept likewise
     metrics: tuple[int, ...] = ()  # the output metrics that the unit is the last to use, one per input
+    graph: int = 0  # of one image in a K-step objective, kept from product to product; 0 where there is none
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Needs:
     streams: int  # 1 or 2 activation streams
     blocks: tuple[Block, ...] = field(repr=False, default=())
     learning: int = 0  # of the last pass over the whole network: what differentiating one image holds; 0: there is none
+    step: int = 0  # images of one Newton step
 
     @property
     def metric(self) -> int:
@@ -144,7 +146,8 @@ class Needs:
             kept = held(samples * (self.image + self.influence + self.streams * b.stream) + left)
             read = max(b.metrics, default=0)
             if host is None:
-                read = min(samples * b.ahead, AHEAD) + min(samples * b.calls, KEPT)
+                graphs = min(min(samples, self.step) * b.graph, KEPT)
+                read = min(samples * b.ahead, AHEAD) + max(min(samples * b.calls, KEPT), graphs)
             base = self.present + kept + b.dense + read
             left -= sum(b.metrics)
             for sums, solved in zip(b.stages, b.solves, strict=True):
@@ -186,7 +189,8 @@ def needs(model: nn.Module, chosen: Any, recipe: Any) -> Needs:
     one = cut(chosen.small, 0, 1)
     target = Target(**recipe.target)
     found = {methods.evidence(r["method"]) for r in (recipe.mask, recipe.solve, recipe.refine) if r}
-    gram, window = "gram" in found, "window" in found
+    windows = [r for r in (recipe.solve, recipe.refine) if r and methods.evidence(r["method"]) == "window"]
+    gram, window = "gram" in found, bool(windows)
     every = [s for u in chosen.units for s in u.sites]
     weighed = gram and (target.importance > 0 or target.metric > 0)
     influence = weighing = 0
@@ -230,6 +234,7 @@ def needs(model: nn.Module, chosen: Any, recipe: Any) -> Needs:
         streams=2 if recipe.refine is not None or target.mix > 0 else 1,
         blocks=tuple(blocks),
         learning=learning,
+        step=max((methods.options("solve", r["method"]) | r)["images"] for r in windows) if windows else 0,
     )
 
 
@@ -289,12 +294,12 @@ def _block(
                 made.add(kept_for, compare=target.mix > 0, keep=True)
         sums.append(fixed)
         solves.append(rounded + max(solve_bytes(s, recipe, target) for s in _joined(stage, target)))
-    if window:
-        image = max(image, _window(way, i, unit, pair, dense, recipe, target))
+    graph = _window(way, i, unit, pair, dense, recipe, target) if window else 0
+    image = max(image, graph)
     for s, (junction, scale) in zip(unit.sites, places, strict=True):
         s.junction, s.scale = junction, scale
     own, calls = _bytes(list(dense.values())), held(kept_for.calls)
-    return Block(unit.name, own, image, tuple(sums), tuple(solves), _bytes(call), ahead, calls)
+    return Block(unit.name, own, image, tuple(sums), tuple(solves), _bytes(call), ahead, calls, graph=graph)
 
 
 def _window(
