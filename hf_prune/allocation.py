@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from . import staged
 from .curvature import Task, measure, prepare
 from .pattern import Pattern, allocate
+from .permute import some
 
 CONFIRMED = ("lamp", "trace")  # rules that are used only where they lower the loss
 HALVINGS = 4  # of the sparsity at which the rules are compared
+JUDGES = 128  # images that the rules are compared on
 PROBES = 4  # random output directions per image behind the trace of each layer
 
 
@@ -31,7 +33,7 @@ def confirm(
 ) -> dict[str, Pattern]:  # fmt: skip
     """The pattern of every site, by the recipe's rule or by magnitude; what was measured is added to `notes`.
 
-    batches, labels: calibration images as curvature.prepare takes them.  chosen: a loop.Selection.  The model is left
+    batches, labels: calibration images as curvature.prepare takes them; `JUDGES` of them are enough.  chosen: a loop.Selection.  The model is left
     as it was.  A run in stages, or on gradients, shares the zeros anew at every stage: there `lamp` is taken as it is,
     and `trace` raises ValueError.
     """
@@ -42,7 +44,9 @@ def confirm(
                              "one. Use lamp, erk or magnitude.")  # fmt: skip
         return chosen.patterns
     found = [s for u in chosen.units for s in u.sites]
-    task = Task(model, found, prepare(model, list(batches), labels), 0)
+    judges = list(some(list(zip(batches, labels, strict=True)), JUDGES))
+    images = prepare(model, [batch for batch, _ in judges], [known for _, known in judges])
+    task = Task(model, found, images, 0)
     weights = [part.view(s.shape) for part, s in zip(task.split(task.weights), found, strict=True)]
     scales = None
     if rule == "trace":

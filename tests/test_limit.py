@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import hf_prune
-from hf_prune import curvature, limit, limit_page, loop, recipe
+from hf_prune import allocation, curvature, limit, limit_page, loop, recipe
 from hf_prune import page as report_page
 from hf_prune.curvature import measure
+from hf_prune.permute import some
 from hf_prune.spectrum import Lanczos, Removal, bounds, fixed_point, from_trace, kept, mean_curvature, probe
 
 
@@ -613,7 +614,7 @@ def test_ruins_are_not_compared():
     dense.a.bias.data *= 0.05
     dense.b.weight.data *= 20 * 10  # sharp answers: what is wrong is wrong by much
     dense.b.bias.data *= 10
-    images = limit.targets(dense, batches)
+    images = limit.targets(dense, list(some(batches, allocation.JUDGES)))
 
     def rise(rule, sparsity):
         model = copy.deepcopy(dense)
