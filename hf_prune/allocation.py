@@ -33,9 +33,9 @@ def confirm(
 ) -> dict[str, Pattern]:  # fmt: skip
     """The pattern of every site, by the recipe's rule or by magnitude; what was measured is added to `notes`.
 
-    batches, labels: calibration images as curvature.prepare takes them; `JUDGES` of them are enough.  chosen: a loop.Selection.  The model is left
-    as it was.  A run in stages, or on gradients, shares the zeros anew at every stage: there `lamp` is taken as it is,
-    and `trace` raises ValueError.
+    batches, labels: calibration images as curvature.prepare takes them; `JUDGES` of them are enough.  chosen: a
+    loop.Selection.  The model is left as it was.  A run in stages, or on gradients, shares the zeros anew at every
+    stage: there `lamp` is taken as it is, and `trace` raises ValueError.
     """
     rule = recipe.allocation
     if staged.wanted(recipe):
