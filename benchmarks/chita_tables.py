@@ -173,7 +173,7 @@ def vit_tiny() -> dict[str, Any]:
         "CHITA, blocks": {"mask": blocks, "fisher": free, **wide},
         "CHITA, blocks, removal costs": {"mask": costs, "fisher": free, **wide},
         "CHITA mask + least squares": {"mask": costs, "fisher": free, **wide, "solve": "least_squares"},
-        "CHITA mask + SNOWS solve": {"recipe": "snows-paper", "mask": costs, "fisher": free, **layer},
+        "CHITA mask + K-step solve": {"mask": costs, "fisher": free, **wide, "solve": {"method": "snows", "k": 3}},
         "CHITA, n = 512": {"mask": chita, "fisher": {**one, "rows": 512}, **wide, "samples": 512},
     }  # fmt: skip
 
