@@ -36,9 +36,10 @@ error (squared distance of the logits to the dense model's, over their squared n
 seconds of pruning, one thread, on a machine that other work shared: compare them within a factor of 1.5.  `--set`
 names what differs from the recipe.  A few options of `snows` were chosen with the ViT's images in view.  Rows with
 `mask.method=obs` are of the default before `exchange`, when images still weighed by their influence as positions do
-(docs/methods.md), on another core, half as fast again.  CPU seconds of `snows`, `snows-refined` and `sparsegpt` without
-`--set`, on ViT-Tiny at 2:4 and MobileNetV1 1.0, are with the faster of two libraries for float32 products
-(docs/speed.md); all others were taken before, and would be about half as many now."""
+(docs/methods.md), on another core, half as fast again.  On ViT-Tiny at 2:4 CPU seconds of `sparsegpt`, `snows` and
+`snows-refined` with 256 images and of `snows-refined` with 1000, all without `--set`, and those of `snows` on
+MobileNetV1 1.0, are with the faster of two libraries for float32 products (docs/speed.md); all others were taken
+before."""
 
 PEER = "llm-compressor"  # a row of its own where that package is installed
 

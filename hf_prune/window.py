@@ -140,7 +140,7 @@ class Window:
         self.named = parameters(self.walk.model)
         self.sizes = [s.numel for s in self.sites]
         self.products = 0
-        self._graphs: dict[int, Callable[[Tensor], Sequence[Tensor | None]]] = {}
+        self._graphs: dict[tuple[str, int], Callable[[Any], Sequence[Tensor | None]]] = {}
         self._room: int | None = None  # batches whose graphs fit
         self._at: Tensor | None = None  # the weights that they are of, and
         self._version = 0
@@ -310,16 +310,21 @@ class Window:
             self.write(w)
             self._at, self._version = w, w._version
         flat = torch.zeros_like(w, dtype=ranks.wide(w))
+        along = self._moved(w, v) if self.curvature == "difference" else self._scattered(v)
         with grad_on([self.named[s.parameter] for s in self.sites]):
             for i in part:
-                flat += self._flat(self._graph(i)(v))
+                flat += self._flat(self._graph(i)(along))
         ranks.sum_([flat])
         return (flat / ranks.agree(float(len(part)))).to(w.dtype)
 
-    def _graph(self, i: int) -> Callable[[Tensor], Sequence[Tensor | None]]:
-        """What multiplies with batch i's part of the curvature; kept where there is room."""
-        if i in self._graphs:
-            return self._graphs[i]
+    def _graph(self, i: int) -> Callable[[Any], Sequence[Tensor | None]]:
+        """What multiplies with batch i's part of the curvature; kept where there is room.
+
+        It takes v as `_moved` gives it where the curvature is `difference`, else as `_scattered` does.
+        """
+        key = self.curvature, i
+        if key in self._graphs:
+            return self._graphs[key]
         build = {"hessian": self._hessian, "gauss-newton": self._gauss_newton, "difference": self._difference}
         if self._room is None:  # the first graph is weighed
             with weighing(self.named[s.parameter] for s in self.sites) as seen:
@@ -328,21 +333,20 @@ class Window:
         else:
             made = build[self.curvature](i)
         if len(self._graphs) < self._room:
-            self._graphs[i] = made
+            self._graphs[key] = made
         return made
 
-    def _hessian(self, i: int) -> Callable[[Tensor], Sequence[Tensor | None]]:
+    def _hessian(self, i: int) -> Callable[[Any], Sequence[Tensor | None]]:
         ps = [self.named[s.parameter] for s in self.sites]
         loss = self._loss(self._terms(self.pairs[i].pruned), i)
         first = torch.autograd.grad(loss, ps, create_graph=True, allow_unused=True)
 
-        def product(v: Tensor) -> Sequence[Tensor | None]:
-            dot = _dot(first, self._scattered(v))
-            return torch.autograd.grad(dot, ps, retain_graph=True, allow_unused=True)
+        def product(vs: list[Tensor]) -> Sequence[Tensor | None]:
+            return torch.autograd.grad(_dot(first, vs), ps, retain_graph=True, allow_unused=True)
 
         return product
 
-    def _gauss_newton(self, i: int) -> Callable[[Tensor], Sequence[Tensor | None]]:
+    def _gauss_newton(self, i: int) -> Callable[[Any], Sequence[Tensor | None]]:
         """J v by differentiating the vector-Jacobian product, which is linear in its seed."""
         ps = [self.named[s.parameter] for s in self.sites]
         with linear():
@@ -351,10 +355,8 @@ class Window:
         outs, seeds = [terms[k] for k in live], [torch.zeros_like(terms[k], requires_grad=True) for k in live]
         pulled = torch.autograd.grad(outs, ps, seeds, create_graph=True, allow_unused=True)
 
-        def product(v: Tensor) -> Sequence[Tensor | None]:
-            found = torch.autograd.grad(
-                _dot(pulled, self._scattered(v)), seeds, retain_graph=True, allow_unused=True
-            )
+        def product(vs: list[Tensor]) -> Sequence[Tensor | None]:
+            found = torch.autograd.grad(_dot(pulled, vs), seeds, retain_graph=True, allow_unused=True)
             pushed = [torch.zeros_like(t) for t in terms]
             for k, j in zip(live, found, strict=True):
                 pushed[k] = pushed[k] if j is None else j
@@ -362,17 +364,14 @@ class Window:
 
         return product
 
-    def _difference(self, i: int) -> Callable[[Tensor], Sequence[Tensor | None]]:
+    def _difference(self, i: int) -> Callable[[Any], Sequence[Tensor | None]]:
         with linear():
             terms = self._terms(self.pairs[i].pruned)
         live = [k for k, t in enumerate(terms) if t.requires_grad]
-        outs, w = [terms[k] for k in live], self.read()
+        outs = [terms[k] for k in live]
 
-        def product(v: Tensor) -> Sequence[Tensor | None]:
-            step = 3e-3 * float(w.norm() / v.norm().clamp_min(1e-30))
-            moved = {s.parameter: self.named[s.parameter].detach().clone() for s in self.sites}
-            for s, x in zip(self.sites, (w + step * v).split(self.sizes), strict=True):
-                s.write(moved[s.parameter], x.view(s.shape))
+        def product(along: tuple[float, dict[str, Tensor]]) -> Sequence[Tensor | None]:
+            step, moved = along
             # in the place of the weights and not into them, on which the graph depends
             with holding(self.walk.model, moved), torch.no_grad():
                 there = self._terms(self.pairs[i].pruned)
@@ -380,13 +379,19 @@ class Window:
 
         return product
 
-    def _pulled(
-        self, outs: list[Tensor], live: list[int], pushed: list[Tensor], i: int
-    ) -> Sequence[Tensor | None]:
+    def _pulled(self, outs: list[Tensor], live: list[int], pushed: list[Tensor], i: int) -> Sequence[Tensor | None]:
         """Jᵀ M J v from J v, with the weights and scales of the loss in M."""
         ps = [self.named[s.parameter] for s in self.sites]
         form = self._loss_of(pushed, i)
         return torch.autograd.grad(outs, ps, [form[k] for k in live], retain_graph=True, allow_unused=True)
+
+    def _moved(self, w: Tensor, v: Tensor) -> tuple[float, dict[str, Tensor]]:
+        """(the step of the difference, the stored weights at w + step v)."""
+        step = 3e-3 * float(w.norm() / v.norm().clamp_min(1e-30))
+        moved = {s.parameter: self.named[s.parameter].detach().clone() for s in self.sites}
+        for s, x in zip(self.sites, (w + step * v).split(self.sizes), strict=True):
+            s.write(moved[s.parameter], x.view(s.shape))
+        return step, moved
 
     def _scattered(self, v: Tensor) -> list[Tensor]:
         return [self._scatter(s, x) for s, x in zip(self.sites, v.split(self.sizes), strict=True)]
