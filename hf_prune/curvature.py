@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from . import ranks
 from .gradients import has_logits, logits_of
 from .importance import _directions
-from .linearised import linear, weighing
+from .linearised import Graphs, linear
 from .sites import Site, feed, parameters, quiet
 from .window import grad_on
 
@@ -72,15 +72,21 @@ def prepare(model: nn.Module, batches: list[Any], labels: Sequence[Tensor | None
     with quiet(model), torch.no_grad(), kernel():
         outs = [feed(model, b) for b in batches]
         z = [logits_of(out) for out in outs]
-    if outs and has_logits(outs[0]):
+    mine = None
+    if outs:
+        answers = has_logits(outs[0])
+        mine = answers, z[0].shape[-1] if answers else z[0][0].numel()
+    # a rank may have no images: what the others see is true of it too, since sums follow
+    answers, outputs = next(filter(None, ranks.gather(mine)), (False, 0))
+    if answers:
         known = [t for t in labels if t is not None]
-        if len(known) == len(batches):
+        if all(ranks.gather(len(known) == len(batches))):
             targets, loss = [t.to(out.device) for t, out in zip(known, z, strict=True)], "labels"
         else:
             targets, loss = [out.argmax(-1) for out in z], "predicted classes"
-        return Images(batches, targets, loss, outputs=z[0].shape[-1])
+        return Images(batches, targets, loss, outputs=outputs)
     norm = ranks.agree(sum(float(t.double().square().sum()) for t in z)) / ranks.agree(float(sum(map(len, z))))
-    return Images(batches, [t.clone() for t in z], "representation", norm, z[0][0].numel())
+    return Images(batches, [t.clone() for t in z], "representation", norm, outputs)
 
 
 class _Smooth(TorchFunctionMode):
@@ -130,15 +136,14 @@ class Task:
     """
 
     def __init__(self, model: nn.Module, sites: list[Site], images: Images, memory: float) -> None:
-        self.model, self.sites, self.images, self.memory = model, sites, images, memory
+        self.model, self.sites, self.images = model, sites, images
         named = parameters(model)
         self.stored = {s.parameter: named[s.parameter] for s in sites}
         self.sizes = [s.numel for s in sites]
         self.total = ranks.agree(float(images.count))
         self.weights = self.read()  # (D,) the dense ones
         self.products = 0
-        self._graphs: dict[tuple[str, int], Callable[..., Any]] = {}
-        self._room: dict[str, int] = {}  # batches whose graphs fit
+        self.graphs = Graphs(memory, self.stored.values())
         self._places: dict[str, Tensor] = {}
 
     def read(self) -> Tensor:
@@ -164,7 +169,7 @@ class Task:
 
     def forget(self) -> None:
         """Drop the kept graphs."""
-        self._graphs.clear()
+        self.graphs.clear()
 
     # -- derivatives, all of the mean loss over all ranks' images
 
@@ -231,22 +236,7 @@ class Task:
 
     def _graph(self, kind: str, i: int) -> Callable[..., Any]:
         """What multiplies with batch i's part of the matrix; kept where there is room."""
-        if (kind, i) in self._graphs:
-            return self._graphs[kind, i]
-        build = self._hessian if kind == "hessian" else self._gauss_newton
-        if kind not in self._room:
-            if not any(k == kind for k, _ in self._graphs):
-                self._graphs.clear()  # of the other matrix: they share the room
-            with weighing(self.stored.values()) as seen:
-                made = build(i)
-            self._room[kind] = int(self.memory // max(1, sum(seen.values())))
-        else:
-            if not any(k == kind for k, _ in self._graphs):
-                self._graphs.clear()
-            made = build(i)
-        if len(self._graphs) < self._room[kind]:
-            self._graphs[kind, i] = made
-        return made
+        return self.graphs.get(kind, i, self._hessian if kind == "hessian" else self._gauss_newton)
 
     def _hessian(self, i: int) -> Callable[..., Any]:
         ps = list(self.stored.values())

@@ -302,7 +302,7 @@ class _Work:
             )
             return []
         steps = min(steps, room)
-        self.task.memory = max(0.0, self.options.memory * 2**30 - steps * size)
+        self.task.graphs.memory = max(0.0, self.options.memory * 2**30 - steps * size)
         for number in range(probes):
             run = Lanczos(lambda v: self.task.product(v, "hessian"), self.probe(1000 + number), basis=True)
             for _ in range(steps):

@@ -224,3 +224,38 @@ def weighing(own: Iterable[Tensor]) -> Iterator[dict[int, int]]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield seen
+
+
+class Graphs:
+    """What multiplies with a batch's part of a curvature matrix, kept between products for as many batches as fit.
+
+    memory: bytes they may take; the first graph of a kind of matrix is weighed.  own: the model's weights, which do not
+    count.  The kinds share the room: to ask for one drops those of another.
+    """
+
+    def __init__(self, memory: float, own: Iterable[Tensor]) -> None:
+        self.memory, self.own = memory, list(own)
+        self.kind = ""
+        self.kept: dict[int, Callable[..., Any]] = {}
+        self.bytes: dict[str, int] = {}  # that the graph of one batch takes
+
+    def get(self, kind: str, i: int, build: Callable[[int], Callable[..., Any]]) -> Callable[..., Any]:
+        """Batch i's, by `build` where it is not kept."""
+        if kind != self.kind:
+            self.clear()
+            self.kind = kind
+        if i in self.kept:
+            return self.kept[i]
+        if kind in self.bytes:
+            made = build(i)
+        else:
+            with weighing(self.own) as seen:
+                made = build(i)
+            self.bytes[kind] = max(1, sum(seen.values()))
+        if (len(self.kept) + 1) * self.bytes[kind] <= self.memory:
+            self.kept[i] = made
+        return made
+
+    def clear(self) -> None:
+        """They are of weights that have changed."""
+        self.kept.clear()

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from . import ranks
 from .collect import KEPT, Pair, holding
 from .linalg import cholesky
-from .linearised import linear, weighing
+from .linearised import Graphs, linear
 from .sites import Site, Stop, parameters
 from .walk import Walk
 
@@ -140,8 +140,8 @@ class Window:
         self.named = parameters(self.walk.model)
         self.sizes = [s.numel for s in self.sites]
         self.products = 0
-        self._graphs: dict[tuple[str, int], Callable[[Any], Sequence[Tensor | None]]] = {}
-        self._room: int | None = None  # batches whose graphs fit
+        own = [self.named[s.parameter] for s in self.sites]
+        self.graphs = Graphs(KEPT if self.walk.keeps else 0, own)
         self._at: Tensor | None = None  # the weights that they are of, and
         self._version = 0
         self.last = self.index
@@ -231,7 +231,7 @@ class Window:
         return torch.cat([s.read(self.named[s.parameter]).flatten() for s in self.sites])
 
     def write(self, w: Tensor) -> None:
-        self._graphs.clear()  # they are of other weights
+        self.graphs.clear()  # they are of other weights
         self._at = None
         for s, part in zip(self.sites, w.split(self.sizes), strict=True):
             s.write(self.named[s.parameter], part.view(s.shape))
@@ -322,19 +322,8 @@ class Window:
 
         It takes v as `_moved` gives it where the curvature is `difference`, else as `_scattered` does.
         """
-        key = self.curvature, i
-        if key in self._graphs:
-            return self._graphs[key]
         build = {"hessian": self._hessian, "gauss-newton": self._gauss_newton, "difference": self._difference}
-        if self._room is None:  # the first graph is weighed
-            with weighing(self.named[s.parameter] for s in self.sites) as seen:
-                made = build[self.curvature](i)
-            self._room = (KEPT if self.walk.keeps else 0) // max(1, sum(seen.values()))
-        else:
-            made = build[self.curvature](i)
-        if len(self._graphs) < self._room:
-            self._graphs[key] = made
-        return made
+        return self.graphs.get(self.curvature, i, build[self.curvature])
 
     def _hessian(self, i: int) -> Callable[[Any], Sequence[Tensor | None]]:
         ps = [self.named[s.parameter] for s in self.sites]

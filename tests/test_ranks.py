@@ -78,6 +78,41 @@ def warm():
     prune(network(), images(2), DEFAULT)
 
 
+class Classifier(nn.Module):
+    """Answers with logits, (images, classes)."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x):
+        return self.body(x).mean(1)
+
+
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
+def test_an_allocation_is_tried_where_a_rank_has_no_images(labelled):
+    """Of two ranks and one image, the second has nothing from which it could tell what the loss is."""
+
+    def given():
+        batch = images(1, size=3)[0]
+        return [(batch, torch.tensor([0, 3, 1]))] if labelled else [batch]
+
+    def work(rank, size):
+        model = Classifier()
+        recipe = Recipe(sparsity=0.5, scope="model", allocation="lamp")
+        report = prune(model, given() if rank == 0 else [], recipe)
+        return {k: v.numpy() for k, v in model.state_dict().items()}, report.notes
+
+    found = run(2, work)
+    assert not [v for v in found.values() if isinstance(v, Exception)], found
+    alone = work(0, 1)
+    assert any("lamp" in note for note in alone[1])
+    for r in range(2):
+        assert found[r][1] == alone[1]
+        for name, w in alone[0].items():
+            assert (found[r][0][name] == w).all(), name
+
+
 def test_every_rank_draws_numbers_of_its_own(monkeypatch):
     drawn = {}
     for rank in range(3):
