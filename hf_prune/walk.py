@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .sites import Found, Site, Stop, feed, quiet
@@ -91,20 +92,31 @@ def units(model: nn.Module, found: Found, wanted: list[Site], batch: Any) -> tup
     """Units that hold a wanted site, in execution order; and {parameter: reason} for sites no unit can replay."""
     modules = dict(model.named_modules())
     calls: dict[str, int] = {}
+    running: list[str] = []
+    around: dict[str, list[str]] = {}  # a module and those that were running when it was called
 
     def seen(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
             calls[name] = calls.get(name, 0) + 1
+            around[name] = list(running)
+            running.append(name)
 
         return hook
 
-    with _hooks(*(m.register_forward_pre_hook(seen(n)) for n, m in modules.items())), quiet(model), torch.no_grad():
+    def ended(module: nn.Module, args: Any, out: Any) -> None:
+        running.pop()
+
+    hooks = [m.register_forward_pre_hook(seen(n)) for n, m in modules.items()]
+    hooks += [m.register_forward_hook(ended) for m in modules.values()]
+    with _hooks(*hooks), quiet(model), torch.no_grad():
         feed(model, batch)
     once = {n for n, count in calls.items() if count == 1 and n}
     blocks = block_names(model, found.sites, once)
     home = [
         next((b for b in blocks if s.parameter.startswith(b + ".")), None) or _called(s.module, calls) for s in wanted
     ]
+    # a module may stand outside the block that calls it, which was handed it
+    home = [h if h in blocks else next((b for b in around.get(h, []) if b in blocks), h) for h in home]
     order = [n for n in calls if n in set(home)]  # dicts keep the order of the first call
     # a unit cannot hold another: where a module with blocks in it also owns a weight, the blocks go first
     outer = {n for n in order if any(m.startswith(n + ".") for m in order)}
@@ -193,6 +205,38 @@ class Reached(Stop):
         self.value = value
 
 
+class Averages(TorchFunctionMode):
+    """Remembers what was averaged over positions and what came of it: a classifier's features, before and after."""
+
+    TAKE: frozenset[Any] = frozenset({
+        torch.mean, Tensor.mean, nn.functional.adaptive_avg_pool1d, nn.functional.adaptive_avg_pool2d,
+        nn.functional.adaptive_avg_pool3d, nn.functional.avg_pool1d, nn.functional.avg_pool2d, torch.avg_pool1d,
+    })  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in self.TAKE and args and torch.is_tensor(args[0]) and args[0].dim() > 2:
+            self.seen.append((args[0], out))
+        return out
+
+    def positions(self, call: Any) -> Tensor | None:
+        """(images, positions, features) whose average is the call's only tensor, (images, features); else None."""
+        given = [t for t in tree_leaves(call) if torch.is_tensor(t)]
+        if len(given) != 1 or given[0].dim() != 2:
+            return None
+        x = given[0]
+        for t, out in reversed(self.seen):
+            if out.numel() == x.numel() and t.numel() > x.numel() and torch.equal(out.reshape(x.shape), x):
+                for rows in (t.flatten(2).transpose(1, 2), t.flatten(1, -2)):
+                    if rows.shape[::2] == x.shape and torch.allclose(rows.mean(1), x, rtol=1e-3, atol=1e-4):
+                        return rows.detach()
+        return None
+
+
 @contextlib.contextmanager
 def _hooks(*handles: Any) -> Iterator[None]:
     try:
@@ -216,9 +260,12 @@ class Walk:
         self.links: list[dict[str, Any]] = []
         self.behind = False  # the forward that runs has not come back to where it was taken up
         with quiet(model), torch.no_grad():
-            inputs, outputs = self._record(batch)
+            with Averages() as averages:
+                inputs, outputs = self._record(batch)
             self.mode = "chain"
             self._check(batch, inputs, outputs)
+            for link, following in zip(self.links, inputs[1:], strict=False):
+                link["averaged"] = averages.positions(following[1]) is not None
 
     @property
     def keeps(self) -> bool:
@@ -413,7 +460,11 @@ class Walk:
                 following["call"] = self._chained(link, self._keep(out), entry["call"])
             else:
                 history = [*self._place(entry.get("outputs", [None] * i)[:i]), out]
-                following["call"] = self._keep(self._glue(self._place(entry["batch"]), i, history, link))
+                with Averages() if link["averaged"] else contextlib.nullcontext() as averages:
+                    call = self._glue(self._place(entry["batch"]), i, history, link)
+                following["call"] = self._keep(call)
+                if averages:
+                    following["positions"] = self._keep(averages.positions(call))
         return following
 
     def _glue(self, batch: Any, i: int, history: list[Any], link: dict[str, Any], last: int | None = None) -> Any:

@@ -27,7 +27,9 @@ SEEN = {
     "densenet121": ("splice", 6),
     "hiera_tiny_224": ("chain", 4),
     "mixer": ("chain", 2),
+    "coat_tiny": ("splice", 5),  # blocks call depthwise convolutions that they were handed
 }
+TWICE = {"coat_tiny": 3}  # weights of modules that two blocks were handed
 
 
 def walked(model, batch):
@@ -59,7 +61,7 @@ def test_replay_is_bitwise_what_the_model_computes(name):
     case = CASES[name]
     model = case.build()
     way, lost = walked(model, case.batch(2, 0))
-    assert not lost
+    assert len(lost) == TWICE.get(name, 0) and all("runs 2 times" in reason for reason in lost.values())
     assert (way.mode, sum(len(u.sites) > 1 for u in way.units)) == SEEN[name]
     batch = case.batch(3, 1)
     for _ in range(2):
