@@ -15,6 +15,7 @@ from . import junction, ranks
 from .objective import Gram
 from .recall import Call, Key, Recall, held
 from .sites import Site, Stop, Tape, Use, _tensors, quiet
+from .streams import load
 from .walk import Unit, Walk, _hooks
 
 
@@ -187,6 +188,7 @@ class Stage:
         columns: dict[tuple[int, int], Tensor] = {}
         nth = dict.fromkeys(range(len(self.sites)), 0)
         kept: dict[int, Tensor] = {}
+        positions = load(pair.pruned.get("positions"))
 
         def note(k: int, use: Use) -> None:
             site, gram, first = self.sites[k], self.sums[k], self.first[k]
@@ -195,6 +197,8 @@ class Stage:
             if key not in columns:
                 columns[key] = site.columns(use.x.detach()).to(gram.weight.dtype)
                 self.sums[first].add_inputs(columns[key], weights)
+                if positions is not None and positions.shape[::2] == columns[key].shape[1:]:
+                    self.sums[first].add_positions(positions.to(columns[key]), weights)
             if k != first:
                 gram.count_in(columns[key].shape[1], weights)
             if compare and k in self.joined:

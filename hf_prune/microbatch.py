@@ -108,6 +108,8 @@ def halve(way: Walk, i: int, pair: Pair, batch: Any) -> list[Pair]:
                 ]
             if "call" in entry:
                 made["call"] = way.store.keep(_cut(entry["call"], where[0], first, last))
+            if "positions" in entry:
+                made["positions"] = way.store.keep(load(entry["positions"])[first:last].clone())
             return made
 
         pruned = part(pair.pruned)

@@ -53,6 +53,19 @@ class Gram:
         self.sx += x.sum(1) if weight is None else outer(x, weight[None, :, None]).squeeze(-1)
         self.count_in(x.shape[1], weight)
 
+    def add_positions(self, positions: Tensor, weight: Tensor | None = None) -> None:
+        """Have an input that is an average over positions count position by position.
+
+        A linear layer commutes with the average, so what it does at every position decides what it does to the mean,
+        and an image says as much as it has positions.  To the sum of x xᵀ, for the averages x, their spread is added:
+        the sum over images of the mean over positions of (p - x) (p - x)ᵀ.  positions (images, positions, in), weight
+        (images,) or None for ones.
+        """
+        apart = positions - positions.mean(1, keepdim=True)
+        rows = apart.flatten(0, 1)[None]
+        share = torch.ones_like(apart[:, 0, 0]) if weight is None else weight.to(apart)
+        self.xx += symmetric(rows * (share / apart.shape[1]).repeat_interleave(apart.shape[1])[:, None], rows)
+
     def count_in(self, samples: int, weight: Tensor | None) -> None:
         """How many samples there are, and what they weigh (samples,); None for ones."""
         self.count += samples if weight is None else float(weight.sum())

@@ -264,8 +264,7 @@ class Walk:
                 inputs, outputs = self._record(batch)
             self.mode = "chain"
             self._check(batch, inputs, outputs)
-            for link, following in zip(self.links, inputs[1:], strict=False):
-                link["averaged"] = averages.positions(following[1]) is not None
+            self.averaged = [averages.positions(call) is not None for _, call in inputs]
 
     @property
     def keeps(self) -> bool:
@@ -279,6 +278,7 @@ class Walk:
         way.model, way.units, way.store = model, units, Store()
         way.device = next(model.parameters()).device
         way.specs, way.ended, way.links, way.behind, way.mode = {}, [], [], False, "chain"
+        way.averaged = [False] * len(units)
         return way
 
     # -- choosing the form
@@ -400,9 +400,17 @@ class Walk:
                 if self.mode == "splice":
                     entry["outputs"] = []
                 if self.mode != "prefix":
-                    entry["call"] = self._keep(self._reach(self._place(batch), 0, {}))
+                    with self._averages(0) as averages:
+                        call = self._reach(self._place(batch), 0, {})
+                    entry["call"] = self._keep(call)
+                    if averages:
+                        entry["positions"] = self._keep(averages.positions(call))
                 entries.append(entry)
         return entries
+
+    def _averages(self, i: int) -> Any:
+        """Watches for the average that unit i reads, where it reads one."""
+        return Averages() if self.averaged[i] else contextlib.nullcontext()
 
     def call(self, i: int, entry: dict[str, Any]) -> Any:
         """Unit i's output for one entry.  Differentiable with respect to the unit's weights."""
@@ -460,7 +468,7 @@ class Walk:
                 following["call"] = self._chained(link, self._keep(out), entry["call"])
             else:
                 history = [*self._place(entry.get("outputs", [None] * i)[:i]), out]
-                with Averages() if link["averaged"] else contextlib.nullcontext() as averages:
+                with self._averages(i + 1) as averages:
                     call = self._glue(self._place(entry["batch"]), i, history, link)
                 following["call"] = self._keep(call)
                 if averages:

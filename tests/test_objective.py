@@ -42,6 +42,24 @@ def brute(gram, x, d, weight, w):
     return (weight[:, None] * residual.square()).sum(1)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_an_average_counts_position_by_position(weighted):
+    """The second moment of averages and of what lies around them is that of all positions."""
+    torch.manual_seed(0)
+    positions = torch.randn(N, 7, I, dtype=D) + torch.randn(N, 1, I, dtype=D)
+    weight = torch.rand(N, dtype=D) + 0.1 if weighted else None
+    gram = Gram.zeros(torch.randn(1, O, I, dtype=D))
+    for part in torch.arange(N).chunk(3):
+        p = None if weight is None else weight[part]
+        gram.add_inputs(positions[part].mean(1)[None], p)
+        gram.add_positions(positions[part], p)
+    each = torch.ones(N, dtype=D) if weight is None else weight
+    expected = sum(each[k] * positions[k].T @ positions[k] / 7 for k in range(N))
+    torch.testing.assert_close(gram.xx[0], expected)
+    torch.testing.assert_close(gram.sx[0], (each[:, None] * positions.mean(1)).sum(0))
+    assert gram.count == pytest.approx(float(each.sum()))
+
+
 CASES = list(itertools.product([False, True], [0.0, 0.5, 1.0], [False, True]))
 
 

@@ -153,6 +153,35 @@ def test_any_number_of_ranks_gives_the_same_model(recipe, size, count):
     assert layers[0]["sent_bytes"] == sums, "so little work is done by every rank"
 
 
+def test_a_classifier_behind_an_average_is_the_same_on_any_number_of_ranks():
+    class Averaged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.blocks, self.head = nn.ModuleList([Block(), Block()]), nn.Linear(8, 5)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x.mean(1))
+
+    recipe = Recipe(nm="2:4", prune_head=True)
+
+    def given():
+        return [torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(k)) for k in range(5)]
+
+    def work(rank, size):
+        model = Averaged()
+        prune(model, given()[rank::size], recipe)
+        return {k: v.numpy() for k, v in model.state_dict().items()}
+
+    found, alone = run(2, work), work(0, 1)
+    assert not [v for v in found.values() if isinstance(v, Exception)], found
+    for r in range(2):
+        for name, w in alone.items():
+            assert (found[r][name] == w).all(), name
+
+
 @pytest.mark.parametrize("recipe", [DEFAULT, SPARSEGPT, HALF], ids=["default", "sparsegpt", "unstructured"])
 def test_rows_are_divided_where_that_is_worth_it(recipe):
     def work(rank, size):

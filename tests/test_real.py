@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import hf_prune
-from hf_prune import importance
+from hf_prune import importance, walk
 from hf_prune.sites import parameters
 
 
@@ -113,3 +113,25 @@ def test_a_residual_network_for_small_images_through_the_api(shared_data: Path) 
     with torch.no_grad():
         agreement = float((model(pixels).argmax(1) == wanted.argmax(1)).float().mean())
     assert agreement > 0.9
+
+
+def test_a_classifier_behind_an_average_gains_from_its_positions(
+    shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 photographs say little about 1001 rows of 256 weights; their 16 positions each say more."""
+    name = "mobilenet_v1_0.25_128-hf"
+    pixels = photographs(shared_data, 192, name)
+    fit, judge = pixels[:64].split(16), pixels[64:]
+    make = lambda: AutoModelForImageClassification.from_pretrained(shared_data / name).eval()  # noqa: E731
+    with torch.no_grad():
+        wanted = make()(judge).logits
+
+    def error() -> float:
+        model = make()
+        hf_prune.prune(model, list(fit), "snows", nm="1:4", only=["classifier"])
+        with torch.no_grad():
+            return float((model(judge).logits - wanted).square().sum() / wanted.square().sum())
+
+    with_positions = error()
+    monkeypatch.setattr(walk.Averages, "positions", lambda self, call: None)
+    assert with_positions < 0.8 * error()

@@ -202,10 +202,11 @@ def test_where_the_images_lie_is_found_and_shared_tensors_stay_whole():
     way = Walk(model, chosen.units, chosen.small)
     where = microbatch.axes(way, 1, chosen.small)
     assert where[0] == [(0, 1), None]
-    entry = way.enter(images(1))[0]
+    entry = way.enter(images(1))[0] | {"positions": torch.randn(4, 5, 3)}
     pair = collect.Pair(entry, entry, {("k", None): torch.arange(4 * 16.0)})
     a, b = microbatch.halve(way, 0, pair, chosen.small)
     assert torch.equal(torch.cat([a.pruned["call"][0][0], b.pruned["call"][0][0]]), entry["call"][0][0])
+    assert torch.equal(torch.cat([a.pruned["positions"], b.pruned["positions"]]), entry["positions"])
     assert a.dense is a.pruned and a.weights.get(("k", None)).tolist() == list(range(32))
 
 

@@ -352,3 +352,32 @@ def test_a_forward_that_was_replaced_on_the_module_itself_is_put_back():
     for i in range(len(way.units) - 1):
         entries = [way.advance(i, e) for e in entries]
     assert all(model.layers.get_submodule(n).forward is f for n, f in own.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "averaged"),
+    [("ResNetForImageClassification", True), ("test_resnet", True), ("swin_tiny_patch4_window7_224", True),
+     ("densenet121", True), ("mixer", True), ("ViTForImageClassification", False), ("test_convnext2", False),
+     ("mobilenetv3_small_050", False)],
+)  # fmt: skip
+def test_what_the_classifier_reads_is_followed_back_to_its_positions(name, averaged):
+    """Where it is their average; not where a token is read, or something stands between the average and the weight."""
+    case = CASES[name]
+    model = case.build()
+    found = sites.find(model, case.batch(2, 0))
+    units, _ = walk.units(model, found, found.sites, case.batch(2, 0))
+    way = walk.Walk(model, units, case.batch(2, 0))
+    batch = case.batch(3, 1)
+    truth = recorded(model, way.units, batch)
+    (entry,) = way.enter([batch])
+    seen = {}
+    for i, unit in enumerate(way.units):
+        if entry.get("positions") is not None:
+            seen[unit.name] = entry["positions"]
+            x = truth[i][0][0]
+            assert entry["positions"].dim() == 3 and entry["positions"].shape[1] > 1
+            torch.testing.assert_close(entry["positions"].mean(1), x, rtol=1e-4, atol=1e-5)
+        entry = way.advance(i, entry)
+    assert bool(seen) == averaged, list(seen)
+    if averaged:
+        assert list(seen) == [way.units[-1].name], "only of the layer that reads it"
