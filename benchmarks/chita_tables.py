@@ -146,6 +146,7 @@ def mobilenet() -> dict[str, Any]:
                                                  **lamp},
         **{f"CHITA++ {stages}, dense labels, LAMP, BN": {**distil, "stages": stages} for stages in (20, 40, 80)},
         "snows, LAMP": {"recipe": "snows", **lamp, "images": "both", "samples": 480},
+        "snows, LAMP, n = 1000": {"recipe": "snows", **lamp, "images": "both", "samples": 1000},
     }  # fmt: skip
 
 

@@ -17,16 +17,21 @@ from . import Draft, Problem, sparsegpt
 EVIDENCE = "gram"
 
 
-def select(problem: Problem, *, ridge: float = 0.1, rounds: int = 4, share: float = 0.25, steps: int = 5) -> Draft:
+ROUNDS, MORE = 4, 12  # N:M groups hold few exchanges each; a layer with one budget goes on improving
+
+
+def select(
+    problem: Problem, *, ridge: float = 0.1, rounds: int | None = None, share: float = 0.25, steps: int = 5
+) -> Draft:
     """A mask under which the refit objective is never higher than under SparseGPT's, up to how far solves go.
 
     A kept weight w_j costs w_j² / [H⁻¹]_jj to remove, a removed one whose half gradient is g_j gains g_j² [H⁻¹]_jj (OBS
     with the inverse of the whole H in place of each row's own: too low a cost, too high a gain, so that only the best
     exchanges are tried together and a row, or the layer where it has one budget, keeps its mask unless it improves).
 
-    ridge: share of the mean diagonal of the Gram matrix.  rounds: of exchanges, with one refit each.  share: of the
-    promising exchanges, how many a round makes; halved where it failed.  steps: of conjugate gradients in between,
-    always as many, so that no row's mask depends on the rows beside it.
+    ridge: share of the mean diagonal of the Gram matrix.  rounds: of exchanges, with one refit each; None: 4, or 12
+    where the layer has one budget.  share: of the promising exchanges, how many a round makes; halved where it failed.
+    steps: of conjugate gradients in between, always as many, so that no row's mask depends on the rows beside it.
     """
     h, b = problem.objective.normal(ridge)
     inverse = inverse_of(h)
@@ -46,6 +51,8 @@ def select(problem: Problem, *, ridge: float = 0.1, rounds: int = 4, share: floa
     weight = solved(mask, free)
     now = excess(weight)
     shares = torch.full_like(now, share)
+    if rounds is None:
+        rounds = ROUNDS if pattern.by_row else MORE
     for _ in range(rounds):
         score = torch.where(mask, weight.square() / scale, (b - weight @ h).square() * scale)
         tried = exchanged(mask, score, pattern, shares.flatten())
