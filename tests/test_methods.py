@@ -218,6 +218,22 @@ def test_exchanges_never_make_a_row_or_a_layer_worse_than_sparsegpt(pattern):
     assert better >= 3, "and in most problems it makes them better"
 
 
+def test_exchanges_go_on_where_a_layer_has_one_budget():
+    """By default as many rounds as 12, and more than the 4 of N:M groups, which they improve on."""
+    select = methods.function("select", "exchange")
+    better = 0
+    for seed in range(6):
+        g = gram(groups=1, out=32, inputs=48, samples=200, mix=0.5, seed=seed)
+        layer, groups = (Problem(g.weight, Pattern(**p), g) for p in ({"sparsity": 0.7}, {"n": 2, "m": 4}))
+        masks = {rounds: select(layer, rounds=rounds, steps=60).mask for rounds in (4, 12, None)}
+        assert torch.equal(masks[12], masks[None])
+        four, twelve = (float(refit(g, masks[rounds], 0.1).sum()) for rounds in (4, 12))
+        assert twelve <= four * (1 + 1e-9)
+        better += twelve < 0.999 * four
+        assert torch.equal(select(groups).mask, select(groups, rounds=4).mask)
+    assert better >= 4
+
+
 def test_exchanges_come_close_to_the_best_mask_of_all():
     """All 36 masks 2:4 of a row of eight, refit each: the search ends at the best of them in most rows."""
     pairs = list(itertools.combinations(range(4), 2))
