@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from . import channels, ranks, regroup
 from .channels import Axis, Channels, Member
-from .linalg import inverse_of, symmetric
+from .linalg import inverse_of, single, symmetric
 from .pattern import Pattern
 from .sites import Site, Tape, Use, _tensors, feed, marks, parameters, placed, quiet
 
@@ -153,7 +153,7 @@ def moments(
         if s is None:
             return
         x = s.columns(u.x.detach())
-        x = x.float() if x.dtype not in (torch.float32, torch.float64) else x
+        x = single(x)
         step = x.square().sum(1) if diagonal else symmetric(x, x)
         sums[s.name] += step
 
