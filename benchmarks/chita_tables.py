@@ -147,6 +147,8 @@ def mobilenet() -> dict[str, Any]:
         **{f"CHITA++ {stages}, dense labels, LAMP, BN": {**distil, "stages": stages} for stages in (20, 40, 80)},
         "snows, LAMP": {"recipe": "snows", **lamp, "images": "both", "samples": 480},
         "snows, LAMP, n = 1000": {"recipe": "snows", **lamp, "images": "both", "samples": 1000},
+        "snows, LAMP, n = 1000, metric 0": {"recipe": "snows", **lamp, "images": "both", "samples": 1000,
+                                            "target": {"metric": 0.0}},
     }  # fmt: skip
 
 
