@@ -202,7 +202,8 @@ def frontier(groups: list[dict], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     wanted = [g for g in groups if g["model"].startswith("vit-tiny") and g["pattern"] == "2:4"]
-    for group, colour, side in zip(wanted, ("tab:blue", "tab:orange"), ((0, 8), (0, -14)), strict=False):
+    aside = {PEER: (-22, -14), "snows-refined": (0, -14)}  # of the first group: labels that others stand in the way of
+    for group, colour in zip(wanted, ("tab:blue", "tab:orange"), strict=False):
         rows = [r for r in group["rows"] if "--set" not in r["recipe"]]
         label = f"{group['samples']} images"
         for row in rows:
@@ -211,7 +212,7 @@ def frontier(groups: list[dict], path: Path) -> None:
             spread_ = statistics.stdev(tops) if len(tops) > 1 else 0.0
             axes.errorbar(max(x, 0.5), y, yerr=spread_, fmt="o", color=colour, capsize=3, label=label)
             axes.annotate(row["recipe"], (max(x, 0.5), y), textcoords="offset points", ha="center", fontsize=8,
-                          xytext=(-22, -14) if row["recipe"] == PEER else side)  # fmt: skip
+                          xytext=aside.get(row["recipe"], (0, 8)) if group is wanted[0] else (0, 8))  # fmt: skip
             label = None
     axes.axhline(100 * wanted[0]["dense"], color="grey", linestyle=":", label="dense")
     axes.set(xscale="log", xlabel="CPU seconds of pruning, one thread", ylabel="top-1 accuracy, %", ylim=(0, 90))
