@@ -201,7 +201,7 @@ def frontier(groups: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    wanted = [g for g in groups if g["model"].startswith("vit-tiny") and g["pattern"] == "2:4"]
+    wanted = [g for g in groups if g["model"].startswith("vit-tiny") and g["pattern"] == "2:4" and g["samples"] >= 256]
     aside = {PEER: (-22, -14), "snows-refined": (0, -14)}  # of the first group: labels that others stand in the way of
     for group, colour in zip(wanted, ("tab:blue", "tab:orange"), strict=False):
         rows = [r for r in group["rows"] if "--set" not in r["recipe"]]
