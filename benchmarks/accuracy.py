@@ -36,11 +36,12 @@ error (squared distance of the logits to the dense model's, over their squared n
 seconds of pruning, one thread, on a machine that other work shared: compare them within a factor of 1.5.  `--set`
 names what differs from the recipe.  A few options of `snows` were chosen with the ViT's images in view.  Rows with
 `mask.method=obs` are of the default before `exchange`, when images still weighed by their influence as positions do
-(docs/methods.md), on another core, half as fast again.  On ViT-Tiny CPU seconds of `snows` and
-`snows-refined`, and of `sparsegpt` with 256 images, all without `--set`, of `refine.passes` and `distill`, and those of
-`snows` on MobileNetV1 1.0, are with the faster of two libraries for float32 products (docs/speed.md); all others were
-taken before.  Draws of 1000 images are the same images in another order, since the folder has no more.  Rows of
-`snows` at 70 % with `--set` are of 4 rounds of exchanges, where 12 are the default now."""
+(docs/methods.md), on another core, half as fast again.  CPU seconds
+of `snows`, `snows-refined` and `snows-distilled` without `--set`, or with `batchnorm`, `refine.passes` or `distill`
+alone, of `snows-paper`, of all rows with 64 images and of `sparsegpt` on ViT-Tiny at 2:4 with 256 are with the faster
+of two libraries for float32 products (docs/speed.md), those of all other rows from before.  Draws of 1000 images are
+the same images in another order, since the folder has no more.  Rows of `snows` at 70 % with `--set` are of 4 rounds
+of exchanges, where 12 are the default now."""
 
 PEER = "llm-compressor"  # a row of its own where that package is installed
 
