@@ -128,6 +128,7 @@ def mobilenet() -> dict[str, Any]:
     chita = {"method": "chita", "ridge": 1e-2, "block": 500}
     match = {"batchnorm": "match", "samples": 160}
     lamp = {"allocation": "lamp"}
+    snows = {"recipe": "snows", **lamp, "images": "both"}
     distil = {"mask": {"method": "chita", "ridge": 20000.0}, "solve": "none", **match, "samples": 96, **lamp,
               "images": "both", "augment": frame,
               "fisher": {"rows": 96, "labels": "dense", "first_stage": 0.4, "halvings": 5, "dwell": 0.7,
@@ -145,10 +146,9 @@ def mobilenet() -> dict[str, Any]:
         "CHITA mask + least squares, LAMP, BN": {"mask": chita, "solve": "least_squares", "fisher": one, **match,
                                                  **lamp},
         **{f"CHITA++ {stages}, dense labels, LAMP, BN": {**distil, "stages": stages} for stages in (20, 40, 80)},
-        "snows, LAMP": {"recipe": "snows", **lamp, "images": "both", "samples": 480},
-        "snows, LAMP, n = 1000": {"recipe": "snows", **lamp, "images": "both", "samples": 1000},
-        "snows, LAMP, n = 1000, metric 0": {"recipe": "snows", **lamp, "images": "both", "samples": 1000,
-                                            "target": {"metric": 0.0}},
+        "snows, LAMP": {**snows, "samples": 480},
+        "snows, LAMP, n = 1000": {**snows, "samples": 1000},
+        "snows, LAMP, n = 1000, metric 0": {**snows, "samples": 1000, "target": {"metric": 0.0}},
     }  # fmt: skip
 
 

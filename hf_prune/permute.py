@@ -152,8 +152,7 @@ def moments(
         s = at.get((u.parameter, u.rows))
         if s is None:
             return
-        x = s.columns(u.x.detach())
-        x = single(x)
+        x = single(s.columns(u.x.detach()))
         step = x.square().sum(1) if diagonal else symmetric(x, x)
         sums[s.name] += step
 

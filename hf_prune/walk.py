@@ -400,17 +400,17 @@ class Walk:
                 if self.mode == "splice":
                     entry["outputs"] = []
                 if self.mode != "prefix":
-                    with self._averages(0) as averages:
-                        call = self._reach(self._place(batch), 0, {})
-                    entry["call"] = self._keep(call)
-                    if averages:
-                        entry["positions"] = self._keep(averages.positions(call))
+                    entry |= self._arrived(0, functools.partial(self._reach, self._place(batch), 0, {}))
                 entries.append(entry)
         return entries
 
-    def _averages(self, i: int) -> Any:
-        """Watches for the average that unit i reads, where it reads one."""
-        return Averages() if self.averaged[i] else contextlib.nullcontext()
+    def _arrived(self, i: int, run: Callable[[], Any]) -> dict[str, Any]:
+        """What an entry holds at unit i: its arguments, which `run` returns, and what they are an average over."""
+        if not self.averaged[i]:
+            return {"call": self._keep(run())}
+        with Averages() as averages:
+            call = run()
+        return {"call": self._keep(call), "positions": self._keep(averages.positions(call))}
 
     def call(self, i: int, entry: dict[str, Any]) -> Any:
         """Unit i's output for one entry.  Differentiable with respect to the unit's weights."""
@@ -468,11 +468,7 @@ class Walk:
                 following["call"] = self._chained(link, self._keep(out), entry["call"])
             else:
                 history = [*self._place(entry.get("outputs", [None] * i)[:i]), out]
-                with self._averages(i + 1) as averages:
-                    call = self._glue(self._place(entry["batch"]), i, history, link)
-                following["call"] = self._keep(call)
-                if averages:
-                    following["positions"] = self._keep(averages.positions(call))
+                following |= self._arrived(i + 1, lambda: self._glue(self._place(entry["batch"]), i, history, link))
         return following
 
     def _glue(self, batch: Any, i: int, history: list[Any], link: dict[str, Any], last: int | None = None) -> Any:
